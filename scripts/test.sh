@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Everything that CI checks. Arguments go to pytest: bash scripts/test.sh -m "not tensorflow and not slow"
+set -euo pipefail
+. "$(dirname "$0")/venv.sh" demo,test
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,1 @@
+"""Everything that touches files; never imports TensorFlow or Keras."""
