@@ -31,8 +31,7 @@ from numpy.typing import NDArray
 Float64Array: TypeAlias = NDArray[np.float64]
 
 _ALLOWED = (
-    '"mean", "linear", "polynomial:POWER", "exponential:decay=D", "exponential:alpha=A" or '
-    '"exponential:half_life=H"'
+    '"mean", "linear", "polynomial:POWER", "exponential:decay=D", "exponential:alpha=A" or "exponential:half_life=H"'
 )
 
 
@@ -158,7 +157,9 @@ class Polynomial(Weighting):
         return ratios
 
     def __str__(self) -> str:
-        return {0: "mean", 1: "linear"}.get(self.power, f"polynomial:{self.power!r}")
+        if self.power in (0, 1):
+            return "linear" if self.power else "mean"
+        return f"polynomial:{self.power!r}"
 
     def to_json(self) -> dict[str, Any]:
         """Returns `{"kind": "polynomial", "power": p}`."""

@@ -1,0 +1,235 @@
+"""The two kinds of accumulators: on the host for averages of epochs, in the compiled step for averages of steps.
+
+Both keep, for each of their averages, n and for each variable of the model, under its path, m in float32 (float64 for
+float64 weights), or for variables that are not floating (counters, seeds) the newest value. Both take one pass over
+the weights for all averages that are due, after a pass that lets nothing through that is not finite:
+
+    m_n = m_{n-1} + c_n (w_n - m_{n-1})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from streaming_polyak.schedule import Average
+
+Array = NDArray[Any]
+Variables = Mapping[str, keras.Variable]
+
+# Large enough to hide the cost of a NumPy call, small enough to stay in the cache with two averages: of 64 KiB,
+# 256 KiB, 512 KiB the last was fastest (1e8 parameters, three averages: 7.9, 6.4, 5.6 copies of the model).
+_BLOCK = 2**17
+
+
+def is_averaged(variable: keras.Variable) -> bool:
+    """Tells whether a variable's values are averaged; others (integers, booleans, seeds) take the newest value."""
+    return bool(keras.backend.is_float_dtype(variable.dtype))
+
+
+def accumulator_dtype(variable: keras.Variable) -> np.dtype[Any]:
+    """Returns the dtype in which a floating variable is averaged: float32, or float64 for float64."""
+    return np.dtype("float64" if variable.dtype == "float64" else "float32")
+
+
+def view(variable: keras.Variable) -> Array:
+    """Returns the value as a read-only array: on a CPU the variable's own memory, else a copy of this one tensor.
+
+    While the array lives, TensorFlow gives the variable new memory when it changes; so let it go soon.
+    """
+    return np.asarray(variable.value.read_value())
+
+
+class HostAccumulators:
+    """Averages whose members are the weights after epochs, as NumPy arrays updated block by block.
+
+    An update reads the weights where they are and needs one block of memory beside the averages.
+
+    Args:
+        averages: with `unit="epoch"`, by name.
+        variables: of the built model, by path.
+    """
+
+    def __init__(self, averages: Mapping[str, Average], variables: Variables) -> None:
+        self._averages, self._variables = dict(averages), variables
+        self._n = dict.fromkeys(averages, 0)
+        self._m = {name: {path: _zeros(v) for path, v in variables.items()} for name in averages}
+
+    def count(self, name: str) -> int:
+        """Returns n, the number of members in the average."""
+        return self._n[name]
+
+    def values(self, name: str) -> dict[str, Array]:
+        """Returns the average by path, in the accumulators' dtype; not to be written to."""
+        return self._m[name]
+
+    def adopt(self, name: str, n: int, values: Mapping[str, Array]) -> None:
+        """Makes `values` the average of `n` members."""
+        for path, m in self._m[name].items():
+            np.copyto(m, values[path], casting="unsafe")
+        self._n[name] = n
+
+    def update(self, epoch: int) -> str | None:
+        """Takes the weights after `epoch` into every average that is due.
+
+        Returns:
+            The path of the first tensor with NaN or infinity, in which case no average has changed; else None.
+        """
+        due = [name for name, average in self._averages.items() if average.due(epoch)]
+        if not due:
+            return None
+        buffer = np.empty(_BLOCK, np.float64)
+        for path, variable in self._variables.items():
+            if is_averaged(variable) and not _is_finite(view(variable)):
+                return path
+        coefficients = {name: self._averages[name].weighting(self._n[name] + 1) for name in due}
+        for path, variable in self._variables.items():
+            w = view(variable)
+            if is_averaged(variable):
+                _move([(self._m[name][path], c) for name, c in coefficients.items()], w, buffer)
+            else:
+                for name in due:
+                    np.copyto(self._m[name][path], w)
+        for name in due:
+            self._n[name] += 1
+        return None
+
+
+class GraphAccumulators:
+    """Averages whose members are the weights after optimizer steps, updated inside the compiled step.
+
+    The k averages of a variable are one tensor with k as its last, fastest axis: one XLA loop then reads each weight
+    once for all of them (1e8 parameters, three averages: 1.75 copies of the model; as three tensors 2.3).
+
+    Args:
+        averages: with `unit="step"`, by name.
+        variables: of the built model, by path.
+    """
+
+    def __init__(self, averages: Mapping[str, Average], variables: Variables) -> None:
+        self._averages = list(averages.values())
+        self._index = {name: j for j, name in enumerate(averages)}
+        self._variables = variables
+        self._floats = [path for path, v in variables.items() if is_averaged(v)]
+        k = len(self._averages)
+        self._n = tf.Variable(np.zeros(k, np.int64), trainable=False)
+        self._m = {
+            path: tf.Variable(
+                tf.zeros([*variables[path].shape, k], accumulator_dtype(variables[path])), trainable=False
+            )
+            for path in self._floats
+        }
+        self._newest = {
+            path: [tf.Variable(v.value, trainable=False) for _ in range(k)]
+            for path, v in variables.items()
+            if path not in self._m
+        }
+        # Which tensor was not finite, when first, and how often since `take_refused`; -1 for never.
+        self._refused = tf.Variable(np.array([-1, -1, 0]), trainable=False)
+        self._fused = tf.function(self._move, jit_compile=True, autograph=False)
+
+    def count(self, name: str) -> int:
+        """Returns n, the number of members in the average."""
+        return int(self._n[self._index[name]])
+
+    def values(self, name: str) -> dict[str, Array]:
+        """Returns the average by path, in the accumulators' dtype; not to be written to."""
+        j = self._index[name]
+        averaged = {path: np.asarray(m.read_value())[..., j] for path, m in self._m.items()}
+        newest = {path: np.asarray(copies[j].read_value()) for path, copies in self._newest.items()}
+        return {path: averaged[path] if path in averaged else newest[path] for path in self._variables}
+
+    def adopt(self, name: str, n: int, values: Mapping[str, Array]) -> None:
+        """Makes `values` the average of `n` members."""
+        j = self._index[name]
+        for path, m in self._m.items():
+            stacked = m.numpy()
+            stacked[..., j] = values[path]
+            m.assign(stacked)
+        for path, copies in self._newest.items():
+            copies[j].assign(values[path])
+        self._n[j].assign(n)
+
+    def update(self, step: tf.Tensor) -> None:
+        """Takes the weights after `step` (int64 scalar, from 0) into every average that is due; called in a graph.
+
+        Weights that are not finite are refused as a whole, which `take_refused` tells.
+        """
+        due = tf.stack([average.due(step) for average in self._averages])
+        tf.cond(tf.reduce_any(due), lambda: self._checked(step, due), lambda: False)
+
+    def take_refused(self) -> tuple[str, int, int] | None:
+        """Returns (path, first step, how many updates) of what was refused since the last call; None for nothing."""
+        tensor, step, times = (int(value) for value in self._refused.numpy())
+        if not times:
+            return None
+        self._refused.assign([-1, -1, 0])
+        return self._floats[tensor], step, times
+
+    def _checked(self, step: tf.Tensor, due: tf.Tensor) -> tf.Tensor:
+        weights = [self._variables[path].value.read_value() for path in self._floats]
+        finite = tf.stack([tf.reduce_all(tf.math.is_finite(w)) for w in weights])
+
+        def accept() -> bool:
+            n = self._n + tf.cast(due, tf.int64)
+            # Not due: n may be 0 and the coefficient is not used.
+            c = [a.weighting(tf.maximum(n[j], 1)) for j, a in enumerate(self._averages)]
+            self._fused(tf.stack(c), due)
+            self._n.assign(n)
+            return True
+
+        def refuse() -> bool:
+            first = tf.argmin(tf.cast(finite, tf.int32))
+            before = self._refused.read_value()
+            now = tf.where(before[2] > 0, before[:2], tf.stack([first, step]))
+            self._refused.assign(tf.concat([now, before[2:] + 1], 0))
+            return False
+
+        return tf.cond(tf.reduce_all(finite), accept, refuse)
+
+    def _move(self, c: tf.Tensor, due: tf.Tensor) -> None:
+        for path, m in self._m.items():
+            before = m.read_value()
+            w = tf.cast(self._variables[path].value.read_value(), m.dtype)[..., tf.newaxis]
+            m.assign(tf.where(due, before + tf.cast(c, m.dtype) * (w - before), before))
+        for path, copies in self._newest.items():
+            for j, newest in enumerate(copies):
+                newest.assign(tf.where(due[j], self._variables[path].value.read_value(), newest.read_value()))
+
+
+def _zeros(variable: keras.Variable) -> Array:
+    """Zeros to be averaged into (memory is taken when they are first written), or the present value."""
+    if is_averaged(variable):
+        return np.zeros(variable.shape, accumulator_dtype(variable))
+    return view(variable).copy()
+
+
+def _is_finite(w: Array) -> bool:
+    flat = w.reshape(-1)
+    return all(np.isfinite(flat[lo : lo + _BLOCK]).all() for lo in range(0, flat.size, _BLOCK))
+
+
+def _move(targets: list[tuple[Array, float]], w: Array, buffer: Array) -> None:
+    """Does m += c * (w - m) for each (m, c), block by block, each block of `w` read and converted once."""
+    dtype = targets[0][0].dtype
+    difference_of, converted_of = buffer.view(dtype)[:_BLOCK], np.empty(0, dtype)
+    if w.dtype != dtype:
+        converted_of = np.empty(min(_BLOCK, w.size), dtype)
+    flat = w.reshape(-1)
+    flats = [(m.reshape(-1), dtype.type(c)) for m, c in targets]
+    for lo in range(0, flat.size, _BLOCK):
+        block = flat[lo : lo + _BLOCK]
+        if w.dtype != dtype:
+            np.copyto(converted_of[: block.size], block)
+            block = converted_of[: block.size]
+        difference = difference_of[: block.size]
+        for m, c in flats:
+            part = m[lo : lo + _BLOCK]
+            np.subtract(block, part, out=difference)
+            np.multiply(difference, c, out=difference)
+            np.add(part, difference, out=part)

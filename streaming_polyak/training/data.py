@@ -1,0 +1,330 @@
+"""Batches: from arrays in an order that is a pure function of (seed, epoch), or from a tf.data pipeline.
+
+Arrays are never copied as a whole: rows are gathered a chunk of many batches at a time, so that the compiled loop makes
+many steps a call and memory-mapped arrays stay on disk. Everything else becomes a `tf.data.Dataset`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+CHUNK_BYTES = 16 * 2**20
+
+
+def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
+    """Returns the order in which `rows` samples are seen in `epoch`: a permutation, int64 of shape (rows,).
+
+    The same for the same three numbers, whatever was trained before; another one for every epoch and seed.
+    """
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+class Feed(Protocol):
+    """What is left of one epoch."""
+
+    def more(self) -> bool:
+        """Whether batches may be left; only a data set of unknown length can say yes and then give none."""
+
+
+class Batches(Protocol):
+    """Where the batches of each epoch come from."""
+
+    steps: int | None
+    """Batches in an epoch, if known beforehand."""
+
+    def epoch(self, epoch: int) -> Feed:
+        """Returns a feed of the batches of `epoch` (counted from 0)."""
+
+    def specs(self) -> Any:
+        """Returns what a batch looks like: (x,), (x, y) or (x, y, sample_weight) of `tf.TensorSpec`, batch axis None."""
+
+    def end_epoch(self) -> None:
+        """Is called after each epoch of training."""
+
+
+class RowFeed:
+    """Rows of arrays in a given order, handed out as chunks of whole batches."""
+
+    def __init__(self, data: Any, order: NDArray[np.int64] | None, rows: int, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._data, self._order, self._rows = data, order, rows
+        self._next = 0  # the first row that was not handed out
+        self._chunk: Any = None
+        self._chunk_first = self._chunk_end = 0
+        row_bytes = sum(a.nbytes // max(1, len(a)) for a in keras.tree.flatten(data))
+        self._chunk_rows = batch_size * max(1, CHUNK_BYTES // max(1, row_bytes * batch_size))
+
+    def more(self) -> bool:
+        """Whether rows are left."""
+        return self._next < self._rows
+
+    def take(self, steps: int) -> tuple[Any, int, int]:
+        """Hands out up to `steps` batches, at least one.
+
+        Returns:
+            (chunk, first, end): tensors of many rows, and which of its batches are meant, `first <= i < end`, the
+            i-th being the rows from `i * batch_size` on; the last of an epoch may be smaller.
+        """
+        if self._next >= self._chunk_end:
+            self._chunk_first = self._next
+            self._chunk_end = min(self._next + self._chunk_rows, self._rows)
+            rows: Any = slice(self._chunk_first, self._chunk_end)
+            if self._order is not None:
+                rows = self._order[rows]
+            self._chunk = keras.tree.map_structure(lambda a: _tensor(a[rows]), self._data)
+        first = (self._next - self._chunk_first) // self.batch_size
+        end = min(first + steps, -(-(self._chunk_end - self._chunk_first) // self.batch_size))
+        self._next = min(self._chunk_first + end * self.batch_size, self._chunk_end)
+        return self._chunk, first, end
+
+
+class ArrayBatches:
+    """Batches of arrays.
+
+    Args:
+        data: (x,), (x, y) or (x, y, sample_weight), each an array or a nest of arrays with equal first dimensions.
+        batch_size: rows a batch.
+        seed: for the order of the epochs; `None` keeps the rows as they are.
+        steps: batches an epoch; `None` for all.
+
+    Raises:
+        TypeError: a leaf is no array.
+        ValueError: lengths differ, there are no rows, or fewer batches than `steps`.
+    """
+
+    def __init__(self, data: Any, batch_size: int, seed: int | None = None, steps: int | None = None) -> None:
+        self._data = keras.tree.map_structure(_array, data)
+        lengths = [len(leaf) for leaf in keras.tree.flatten(self._data)]
+        if len(set(lengths)) != 1 or not lengths[0]:
+            raise ValueError(
+                f"Expected arrays with the same number of rows, at least one, got lengths {lengths}. "
+                "Pass x, y and sample_weight with one row a sample each."
+            )
+        self._batch_size, self._seed, self._rows = batch_size, seed, lengths[0]
+        available = -(-self._rows // batch_size)
+        if steps is not None and steps > available:
+            raise ValueError(
+                f"Expected steps_per_epoch <= {available}, the batches of {batch_size} in {self._rows} rows, got "
+                f"steps_per_epoch={steps}. Leave it out to use all rows in each epoch."
+            )
+        self.steps: int | None = steps or available
+
+    def epoch(self, epoch: int) -> RowFeed:
+        """Returns a feed of the batches of `epoch`."""
+        order = None if self._seed is None else epoch_order(self._seed, epoch, self._rows)
+        rows = min(self._rows, (self.steps or 0) * self._batch_size)
+        return RowFeed(self._data, order, rows, self._batch_size)
+
+    def specs(self) -> Any:
+        """Returns what a batch looks like."""
+        return keras.tree.map_structure(lambda a: tf.TensorSpec([None, *a.shape[1:]], _tensor(a[:1]).dtype), self._data)
+
+    def end_epoch(self) -> None:
+        """Does nothing: the next order needs no state."""
+
+
+class IteratorFeed:
+    """What is left of one epoch of a data set."""
+
+    def __init__(self, source: DatasetBatches, steps: int | None) -> None:
+        self._source, self._left = source, steps
+        self._fresh = self._ended = False
+
+    def more(self) -> bool:
+        """Whether batches may be left."""
+        return not self._ended and self._left != 0
+
+    def take(self, steps: int) -> tuple[Any, int]:
+        """Returns (iterator, how many batches to take from it at most); `took` must be told what came of it."""
+        iterator, self._fresh = self._source.iterator()
+        return iterator, steps if self._left is None else min(steps, self._left)
+
+    def took(self, asked: int, steps: int) -> None:
+        """Notes that `asked` batches were wanted and `steps` of them there; fewer is the end of the data set."""
+        if self._left is not None:
+            self._left -= steps
+        if steps < asked:
+            if self._fresh and not steps:
+                raise ValueError("Expected a data set with at least one batch, got an empty one.")
+            self._source.rewind()
+            self._ended = self._left is None
+
+
+@dataclass
+class DatasetBatches:
+    """Batches of a `tf.data.Dataset`.
+
+    Without `steps`, each epoch is one whole pass. With `steps` (batches an epoch) the data set is read on from where
+    the last epoch stopped, and from its beginning when it runs out.
+
+    Raises:
+        ValueError: the data set never ends and `steps` is not given.
+    """
+
+    dataset: tf.data.Dataset
+    steps: int | None = None
+    _iterator: Any = field(default=None, init=False)
+    _whole: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        cardinality = int(self.dataset.cardinality())
+        self._whole = self.steps is None
+        if self.steps is None and cardinality == tf.data.INFINITE_CARDINALITY:
+            raise ValueError(
+                "Expected steps_per_epoch with a data set that never ends. Pass it, or leave out repeat()."
+            )
+        if self.steps is None and cardinality >= 0:
+            self.steps = cardinality
+
+    def epoch(self, epoch: int) -> IteratorFeed:
+        """Returns a feed of the batches of `epoch`."""
+        if self._whole:
+            self.rewind()
+        return IteratorFeed(self, None if self._whole else self.steps)
+
+    def iterator(self) -> tuple[Any, bool]:
+        """Returns the open iterator, and whether nothing was read from it yet."""
+        if self._iterator is not None:
+            return self._iterator, False
+        self._iterator = iter(self.dataset)
+        return self._iterator, True
+
+    def rewind(self) -> None:
+        """Makes the next batch the first of a new pass."""
+        self._iterator = None
+
+    def specs(self) -> Any:
+        """Returns what a batch looks like."""
+        return _as_tuple(self.dataset.element_spec)
+
+    def end_epoch(self) -> None:
+        """Does nothing: a data set shuffles itself."""
+
+
+class SequenceBatches:
+    """Batches of a `keras.utils.PyDataset`, fetched by its own number of `workers`, as threads.
+
+    Args:
+        source: gives batch i as (x,), (x, y) or (x, y, sample_weight) by `source[i]`.
+        seed: for the order in which the batches are seen in each epoch; `None` keeps it.
+        steps: batches an epoch; `None` for all.
+
+    Raises:
+        ValueError: it has no batches, no length, or fewer batches than `steps`.
+    """
+
+    def __init__(self, source: keras.utils.PyDataset, seed: int | None = None, steps: int | None = None) -> None:
+        available = source.num_batches
+        if available is None or available < (steps or 1):
+            raise ValueError(
+                f"Expected a PyDataset with at least {steps or 1} batches and a known number of them, got "
+                f"num_batches={available}. Give it a __len__, or a smaller steps_per_epoch."
+            )
+        self._source, self._seed, self._available = source, seed, available
+        self.steps: int | None = steps or available
+        first, last = (keras.tree.map_structure(_plain, _as_tuple(source[i])) for i in (0, available - 1))
+        self._specs = keras.tree.map_structure(_spec_of_both, first, last)
+
+    def epoch(self, epoch: int) -> IteratorFeed:
+        """Returns a feed of the batches of `epoch`."""
+        order = np.arange(self._available)
+        if self._seed is not None:
+            order = epoch_order(self._seed, epoch, self._available)
+        dataset = tf.data.Dataset.from_tensor_slices(order[: self.steps]).map(
+            self._fetch, num_parallel_calls=max(1, self._source.workers), deterministic=True
+        )
+        return DatasetBatches(dataset.prefetch(2)).epoch(epoch)
+
+    def _fetch(self, index: tf.Tensor) -> Any:
+        def read(i: Any) -> list[NDArray[Any]]:
+            return [_plain(leaf) for leaf in keras.tree.flatten(_as_tuple(self._source[int(i)]))]
+
+        specs = keras.tree.flatten(self._specs)
+        leaves = tf.numpy_function(read, [index], [spec.dtype for spec in specs])
+        leaves = [tf.ensure_shape(leaf, spec.shape) for leaf, spec in zip(leaves, specs, strict=True)]
+        return keras.tree.pack_sequence_as(self._specs, leaves)
+
+    def specs(self) -> Any:
+        """Returns what a batch looks like, judged by the first and the last."""
+        return self._specs
+
+    def end_epoch(self) -> None:
+        """Tells the PyDataset, which may then change its own batches."""
+        self._source.on_epoch_end()
+
+
+def make_batches(
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    steps: int | None = None,
+) -> Batches:
+    """Makes batches of what Keras users pass as data.
+
+    Args:
+        x: an array or a nest (tuple, list, dict) of arrays with one row a sample, a `tf.data.Dataset` of batches, or a
+            `keras.utils.PyDataset`; the latter two bring y and sample_weight along.
+        y: targets, as x.
+        sample_weight: a weight for each sample, as x.
+        batch_size: rows a batch, for arrays only; `None` for 32.
+        seed: for the order of arrays and of a PyDataset's batches; `None` keeps it.
+        steps: batches an epoch; `None` for all.
+
+    Raises:
+        ValueError: arguments that do not go together, or no data.
+        TypeError: `x` is of no such kind.
+    """
+    for name, value in (("batch_size", batch_size), ("steps_per_epoch", steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"Expected {name} >= 1, got {name}={value!r}.")
+    if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
+        kind = "tf.data.Dataset" if isinstance(x, tf.data.Dataset) else "PyDataset"
+        given = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}
+        if extra := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"Expected x alone, as a {kind} brings its own batches; got {', '.join(extra)} too.")
+        if isinstance(x, tf.data.Dataset):
+            return DatasetBatches(x, steps)
+        return SequenceBatches(x, seed, steps)
+    if y is None and sample_weight is not None:
+        raise ValueError("Expected y together with sample_weight, got sample_weight alone.")
+    data = (x, y, sample_weight)[: 1 + (y is not None) + (sample_weight is not None)]
+    return ArrayBatches(data, batch_size or 32, seed, steps)
+
+
+def _array(leaf: Any) -> NDArray[Any]:
+    array: NDArray[Any] = np.asanyarray(leaf)
+    if array.ndim == 0 or (array.dtype == object and not all(isinstance(v, str) for v in array.flat)):
+        raise TypeError(
+            f"Expected x, y and sample_weight as arrays (or nests of them), a tf.data.Dataset or a "
+            f"keras.utils.PyDataset, got {type(leaf).__name__}. Convert it with numpy.asarray, or make a tf.data.Dataset."
+        )
+    return array
+
+
+def _plain(leaf: Any) -> NDArray[Any]:
+    """An array with floats in Keras' `floatx`, as `Model.fit` has them."""
+    array: NDArray[Any] = np.asarray(leaf)
+    return array.astype(keras.config.floatx()) if np.issubdtype(array.dtype, np.floating) else array
+
+
+def _spec_of_both(a: NDArray[Any], b: NDArray[Any]) -> tf.TensorSpec:
+    return tf.TensorSpec(
+        [None, *(m if m == n else None for m, n in zip(a.shape[1:], b.shape[1:], strict=True))], a.dtype
+    )
+
+
+def _tensor(rows: NDArray[Any]) -> tf.Tensor:
+    return tf.convert_to_tensor(_plain(rows))
+
+
+def _as_tuple(batch: Any) -> tuple[Any, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)

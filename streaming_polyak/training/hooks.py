@@ -1,0 +1,153 @@
+"""Keras callbacks in our loop: who is called when, and what a callback that monitors an average gets to see.
+
+A callback whose `monitor` names an average, such as "val_loss[mean]", works on that average: when an epoch ends, it
+finds the average in the model and the average's scores under the plain names, so that `ModelCheckpoint` saves and
+`EarlyStopping(restore_best_weights=True)` gives back what was scored, and not the raw weights of that epoch. Before the
+average has begun it is not called at the end of an epoch. All other callbacks see the raw weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+
+from streaming_polyak.training.averages import Averages
+
+_BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
+
+
+class Hooks:
+    """Calls the callbacks of one `fit`.
+
+    Args:
+        callbacks: in the order in which they are called.
+        model: the model that is trained.
+        averages: its averages.
+        names: of the averages, begun or not.
+        params: as Keras' `Callback.params`.
+
+    Raises:
+        ValueError: a callback monitors an average that there is not.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[keras.callbacks.Callback],
+        model: keras.Model,
+        averages: Averages,
+        names: Iterable[str],
+        params: dict[str, Any],
+    ) -> None:
+        self._callbacks, self._averages = list(callbacks), averages
+        self._counts: dict[tuple[str, int], int] = {}
+        names = list(names)
+        for callback in self._callbacks:
+            if (of := _average_of(callback)) is not None and of[1] not in names:
+                raise ValueError(
+                    f"Expected {type(callback).__name__} to monitor one of the averages {names}, got "
+                    f"monitor={callback.monitor!r}."
+                )
+            callback.set_params(params)
+            callback.set_model(model)
+        self._on_batches = [c for c in self._callbacks if any(_overrides(c, hook) for hook in _BATCH_HOOKS)]
+
+    @property
+    def watches_batches(self) -> bool:
+        """Whether some callback wants to be called at batches."""
+        return bool(self._on_batches)
+
+    def batch_begin(self, batch: int) -> None:
+        """Before the steps from batch number `batch` of the epoch on."""
+        for callback in self._on_batches:
+            callback.on_train_batch_begin(batch, logs={})
+
+    def batch_end(self, batch: int, logs: dict[str, Any]) -> None:
+        """After the steps up to batch number `batch` of the epoch."""
+        for callback in self._on_batches:
+            callback.on_train_batch_end(batch, logs=logs)
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Calls the method `hook` of each callback."""
+        for callback in self._callbacks:
+            getattr(callback, hook)(*arguments)
+
+    def epoch_end(self, epoch: int, logs: dict[str, Any], missing: set[str]) -> None:
+        """After an epoch.
+
+        Args:
+            epoch: its number.
+            logs: all names of the run; what callbacks add to it others see.
+            missing: names that have no value this time (NaN in `logs`): an average that has not begun, an epoch
+                without validation. A callback that monitors something does not get these.
+        """
+        for callback in self._callbacks:
+            if not isinstance(getattr(callback, "monitor", None), str):
+                callback.on_epoch_end(epoch, logs=logs)
+                continue
+            present = {name: value for name, value in logs.items() if name not in missing}
+            of = _average_of(callback)
+            if of is None:
+                callback.on_epoch_end(epoch, logs=present)
+            elif callback.monitor in present:
+                name = of[1]
+                self._counts[name, epoch] = self._averages.count(name)
+                present.update(_scores_of(name, present))
+                with self._showing(callback, name):
+                    callback.on_epoch_end(epoch, logs=present)
+            logs.update({name: value for name, value in present.items() if name not in logs})
+
+    def train_end(self, logs: dict[str, Any]) -> None:
+        """After the last epoch; an average that `EarlyStopping` restores replaces the one that went on."""
+        for callback in self._callbacks:
+            of = _average_of(callback)
+            if of is None or not self._averages.count(of[1]):
+                callback.on_train_end(logs)
+                continue
+            name = of[1]
+            best = getattr(callback, "best_epoch", None) if getattr(callback, "best_weights", None) else None
+            with self._showing(callback, name):
+                callback.on_train_end(logs)
+                if best is not None and self._counts[name, best] != self._averages.count(name):
+                    self._averages.adopt(name, self._counts[name, best])
+
+    @contextmanager
+    def _showing(self, callback: keras.callbacks.Callback, name: str) -> Iterator[None]:
+        monitor = callback.monitor
+        with self._averages.swapped(name):
+            callback.monitor = monitor.removesuffix(f"[{name}]")
+            try:
+                yield
+            finally:
+                callback.monitor = monitor
+
+
+def scored_name(name: str, average: str) -> str:
+    """Returns the name under which a score of an average is logged: "val_loss[mean]"."""
+    return f"val_{name}[{average}]"
+
+
+def fill(values: Iterable[str]) -> dict[str, float]:
+    """Returns NaN for each name."""
+    return dict.fromkeys(values, math.nan)
+
+
+def _scores_of(average: str, logs: dict[str, Any]) -> dict[str, Any]:
+    suffix = f"[{average}]"
+    return {name.removesuffix(suffix): value for name, value in logs.items() if name.endswith(suffix)}
+
+
+def _average_of(callback: keras.callbacks.Callback) -> tuple[str, str] | None:
+    """(plain name, average) if the callback monitors an average."""
+    monitor = getattr(callback, "monitor", None)
+    match = re.fullmatch(r"(.+)\[(.+)\]", monitor) if isinstance(monitor, str) else None
+    return (match[1], match[2]) if match else None
+
+
+def _overrides(callback: keras.callbacks.Callback, hook: str) -> bool:
+    method = getattr(callback, hook)
+    return getattr(method, "__func__", method) is not getattr(keras.callbacks.Callback, hook)

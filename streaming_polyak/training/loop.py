@@ -1,0 +1,149 @@
+"""The GradientTape step, the evaluation step, and the compiled loop that makes many of them a call.
+
+The inner loop knows neither averages nor files nor epochs: the outer one (`trainer`) hands it a feed and a number of
+steps, and may hang one function of its own behind every real optimizer update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from streaming_polyak.training.data import Feed, IteratorFeed, RowFeed
+
+Step = Callable[[Any], None]
+
+
+class Loop:
+    """Runs one step over batch after batch inside compiled functions; no Python runs per step.
+
+    Args:
+        step: takes a batch as (x,), (x, y) or (x, y, sample_weight); what it gives stays in variables.
+        jit_compile: compile the step with XLA.
+        run_eagerly: compile nothing, so that the step can be looked into with a debugger.
+    """
+
+    def __init__(self, step: Step, *, jit_compile: bool = False, run_eagerly: bool = False) -> None:
+        self._step = tf.function(step, jit_compile=True, autograph=False) if jit_compile else step
+        self._eager = run_eagerly
+        self._compiled: dict[str, Any] = {}
+
+    def __call__(self, feed: Feed, steps: int) -> int:
+        """Makes up to `steps` steps on batches of `feed`.
+
+        Returns:
+            How many were made: at least 1, unless a feed of unknown length turned out to be at its end.
+        """
+        if isinstance(feed, RowFeed):
+            rows, first, end = feed.take(steps)
+            self._over_rows(rows, feed.batch_size)(rows, first, end)
+            return end - first
+        assert isinstance(feed, IteratorFeed)
+        iterator, asked = feed.take(steps)
+        made = int(self._over_iterator()(iterator, tf.constant(asked, tf.int64)))
+        feed.took(asked, made)
+        return made
+
+    @property
+    def traces(self) -> int:
+        """How many times a function was traced; it does not grow from epoch to epoch."""
+        return sum(function.experimental_get_tracing_count() for function in self._compiled.values())
+
+    def _over_rows(self, rows: Any, batch_size: int) -> Any:
+        specs = keras.tree.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), rows)
+
+        def over_rows(rows: Any, first: tf.Tensor, end: tf.Tensor) -> None:
+            def body(i: tf.Tensor) -> tuple[tf.Tensor]:
+                start = i * batch_size
+                self._step(keras.tree.map_structure(lambda t: t[start : start + batch_size], rows))
+                return (i + 1,)
+
+            tf.while_loop(lambda i: i < end, body, (first,), parallel_iterations=1)
+
+        count = tf.TensorSpec([], tf.int64)
+        return self._compile(f"{batch_size} {specs}", over_rows, input_signature=[specs, count, count])
+
+    def _over_iterator(self) -> Any:
+        return self._compile("iterator", self._iterate, reduce_retracing=True)
+
+    def _compile(self, key: str, function: Any, **options: Any) -> Any:
+        if self._eager:
+            return function
+        if key not in self._compiled:
+            self._compiled[key] = tf.function(function, autograph=False, **options)
+        return self._compiled[key]
+
+    def _iterate(self, iterator: Any, steps: tf.Tensor) -> tf.Tensor:
+        def body(made: tf.Tensor, more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            batch = iterator.get_next_as_optional()
+            more = batch.has_value()
+
+            def step() -> tf.Tensor:
+                value = batch.get_value()
+                self._step(value if isinstance(value, tuple) else (value,))
+                return made + 1
+
+            return tf.cond(more, step, lambda: made), more
+
+        made, _ = tf.while_loop(
+            lambda made, more: more & (made < steps),
+            body,
+            (tf.constant(0, tf.int64), tf.constant(True)),
+            parallel_iterations=1,
+        )
+        return made
+
+
+def train_step(
+    model: keras.Model, loss: keras.metrics.Mean, after_update: Callable[[tf.Tensor], None] | None = None
+) -> Step:
+    """Makes the step that trains `model` with its own optimizer, loss (with `add_loss` terms) and metrics.
+
+    Args:
+        model: built and compiled.
+        loss: takes the loss of each batch, weighted by its number of samples.
+        after_update: called in the graph after each real optimizer update, with the number (int64 scalar, from 0) of
+            that update; not after steps that only gather gradients or that loss scaling skipped.
+    """
+    optimizer, variables = model.optimizer, model.trainable_variables
+
+    def step(batch: Any) -> None:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        with tf.GradientTape() as tape:
+            y_pred = model(x, training=True)
+            value = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+            scaled = optimizer.scale_loss(value)
+        before = tf.cast(optimizer.iterations, tf.int64)
+        optimizer.apply_gradients(zip(tape.gradient(scaled, variables), variables, strict=True))
+        loss.update_state(value, sample_weight=_samples(x))
+        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        if after_update is not None:
+            after = tf.cast(optimizer.iterations, tf.int64)
+            tf.cond(after > before, lambda: _then_true(after_update, before), lambda: False)
+
+    return step
+
+
+def evaluation_step(model: keras.Model, loss: keras.metrics.Mean) -> Step:
+    """Makes the step that evaluates `model`; what it gives is in `loss` and in the model's metrics."""
+
+    def step(batch: Any) -> None:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        y_pred = model(x, training=False)
+        value = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
+        loss.update_state(value, sample_weight=_samples(x))
+        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    return step
+
+
+def _then_true(function: Callable[[tf.Tensor], None], step: tf.Tensor) -> bool:
+    function(step)
+    return True
+
+
+def _samples(x: Any) -> tf.Tensor:
+    return tf.shape(keras.tree.flatten(x)[0])[0]

@@ -1,0 +1,474 @@
+"""The outer loop: trains, keeps the averages, evaluates raw weights and averages, calls back, saves."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import operator
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from streaming_polyak.errors import NonFiniteError, SwapError
+from streaming_polyak.files.storage import Storage
+from streaming_polyak.schedule import SUFFIXES, Average, Members, check_averages
+from streaming_polyak.training.averages import Averages, unchanged
+from streaming_polyak.training.data import Batches, make_batches
+from streaming_polyak.training.hooks import Hooks, fill, scored_name
+from streaming_polyak.training.loop import Loop, evaluation_step, train_step
+
+logger = logging.getLogger("streaming_polyak")
+
+_CALL_SECONDS = 0.5  # of compiled steps between two looks at the clock, the bar and Ctrl-C
+_EVALUATION_STEPS = 128  # in one call, without a look at the clock
+
+
+class History(keras.callbacks.History):  # type: ignore[misc]  # Keras has no types
+    """Keras' history with lists of equal length: NaN where there was no value in an epoch."""
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Adds the values of an epoch."""
+        logs = logs or {}
+        for name in logs:
+            self.history.setdefault(name, [math.nan] * len(self.epoch))
+        self.epoch.append(epoch)
+        for name, values in self.history.items():
+            values.append(logs.get(name, math.nan))
+
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Writes a CSV file: a column "epoch" (from 0), then one a name; a row an epoch. Replaces a file `path`."""
+
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="") as file:
+                rows = csv.writer(file)
+                rows.writerow(["epoch", *self.history])
+                rows.writerows(zip(self.epoch, *self.history.values(), strict=True))
+
+        Storage().commit(Path(path), write, overwrite=True)
+
+
+class Trainer:
+    """Trains a compiled Keras model and keeps running averages of its weights.
+
+    Args:
+        model: Sequential, functional or subclassed, compiled: its optimizer, loss, loss weights, metrics and `add_loss`
+            terms are used.
+        averages: the running averages by name. All variables of the model are averaged, batch-norm statistics too.
+        seed: the order of samples in each epoch is a pure function of (seed, epoch), >= 0.
+        members: which raw weights to keep as files.
+        on_nonfinite: when NaN or infinity in a weight keeps an update of the averages from being made: "raise" a
+            `NonFiniteError`, or "skip" that update and log a warning.
+
+    Raises:
+        ValueError: the model is not compiled, Keras does not run on TensorFlow, the model has a training step of its
+            own, or an argument is out of range.
+        TypeError: an argument is of the wrong kind.
+
+    Source: B. Polyak and A. Juditsky, Acceleration of Stochastic Approximation by Averaging, SIAM J. Control Optim.
+    30 (1992), for the idea; `weighting` for the rules.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        averages: Mapping[str, Average] | None = None,
+        *,
+        seed: int = 0,
+        members: Members | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if keras.backend.backend() != "tensorflow":
+            raise ValueError(
+                f"Expected Keras to run on TensorFlow, got the backend {keras.backend.backend()!r}. Set the environment "
+                "variable KERAS_BACKEND=tensorflow before Keras is imported."
+            )
+        if not isinstance(model, keras.Model):
+            raise TypeError(f"Expected a keras.Model, got {type(model).__name__}.")
+        if not model.compiled or model.optimizer is None:
+            raise ValueError(
+                f"Expected a compiled model, but {model.name!r} is not. Call "
+                "model.compile(optimizer=..., loss=..., metrics=[...]) first."
+            )
+        if type(model).train_step is not keras.Model.train_step:
+            raise ValueError(
+                f"Expected a model that is trained by its loss, but {type(model).__name__} overrides train_step, which "
+                "this loop would not call. Override compute_loss or call add_loss instead."
+            )
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"Expected seed as an int >= 0, got seed={seed!r}.")
+        if members is not None and not isinstance(members, Members):
+            raise TypeError(f"Expected members as Members(folder, start=...), got {members!r}.")
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f'Expected on_nonfinite="raise" or "skip", got on_nonfinite={on_nonfinite!r}.')
+        self.model = model
+        self.averages = check_averages(averages or {})
+        self.seed = seed
+        self.members = members
+        self._on_nonfinite = on_nonfinite
+        self._storage = Storage()
+        self._kept: list[Path] = []
+        self._state: Averages | None = None
+        self._loss = keras.metrics.Mean(name="loss")
+        self._made_for: list[Any] = []
+        self._train_loop: Loop
+        self._evaluation_loop: Loop
+
+    @property
+    def member_paths(self) -> list[Path]:
+        """The files of members kept so far and still there, oldest first."""
+        return list(self._kept)
+
+    def count(self, name: str) -> int:
+        """Returns n, the number of members in the average `name`; 0 before it has begun."""
+        if self._state is None and name in self.averages:
+            return 0
+        return self._built_averages().count(name)
+
+    def fit(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        initial_epoch: int = 0,
+        shuffle: bool = True,
+        validation_data: Any = None,
+        validation_freq: int | Sequence[int] = 1,
+        steps_per_epoch: int | None = None,
+        callbacks: keras.callbacks.Callback | Iterable[keras.callbacks.Callback] | None = None,
+        progress: bool = True,
+    ) -> History:
+        """Trains the model.
+
+        Args:
+            x: arrays, tuples, lists or dicts of arrays with one row a sample, a `tf.data.Dataset` of batches, or a
+                `keras.utils.PyDataset`.
+            y: targets, for arrays.
+            sample_weight: weights of the samples in the loss, for arrays.
+            batch_size: samples a step, for arrays; `None` for 32. The last batch of an epoch may be smaller and counts
+                with its size.
+            epochs: the epoch to train to: epochs `initial_epoch` .. `epochs` - 1 are done.
+            initial_epoch: number of the first epoch.
+            shuffle: see the samples of arrays (the batches of a PyDataset) in another order in each epoch, which
+                depends on (seed, epoch) alone. A `tf.data.Dataset` keeps its own order.
+            validation_data: (x, y), (x, y, sample_weight), a `tf.data.Dataset` or a PyDataset; evaluated with the raw
+                weights and with every average that has begun.
+            validation_freq: validate every so many epochs, or after the epochs (counted from 1) in a list.
+            steps_per_epoch: batches an epoch; `None` for all there are. A data set is then read on across epochs and
+                from its beginning when it runs out.
+            callbacks: `keras.callbacks`. One that monitors an average, such as "val_loss[mean]", works on the average
+                (see `streaming_polyak.training.hooks`).
+            progress: show a bar over the epochs, if the error output is a terminal.
+
+        Returns:
+            The history. `history.history` has a list with one value an epoch for each of "loss" and the metrics, with
+            "val_" before it for the raw weights, and "val_...[NAME]" for the average NAME; NaN where there is none.
+
+        Raises:
+            NonFiniteError: a weight became NaN or infinite; the averages are as they were before.
+            SwapError: an average is in the model.
+            FileExistsError: a member's file is there already; nothing was trained.
+            ValueError: arguments that do not go together, or data that does not fit.
+        """
+        self._refuse_inside("fit")
+        if not 0 <= initial_epoch < epochs:
+            raise ValueError(
+                f"Expected 0 <= initial_epoch < epochs, got initial_epoch={initial_epoch}, epochs={epochs}."
+            )
+        seed = self.seed if shuffle else None
+        batches = make_batches(x, y, sample_weight, batch_size=batch_size, seed=seed, steps=steps_per_epoch)
+        validation = None if validation_data is None else _validation_batches(validation_data, batch_size)
+        validates = _predicate(validation_freq)
+        self._refuse_members_in_the_way(range(initial_epoch, epochs))
+        self._build(batches)
+        averages = self._built_averages()
+
+        history = History()
+        callbacks = [callbacks] if isinstance(callbacks, keras.callbacks.Callback) else list(callbacks or [])
+        params = {"epochs": epochs, "steps": batches.steps, "verbose": 0}
+        hooks = Hooks([*callbacks, history], self.model, averages, self.averages, params)
+        self.model.stop_training = False
+        logs: dict[str, Any] = {}
+        hooks.call("on_train_begin")
+        bar = tqdm(
+            total=epochs,
+            initial=initial_epoch,
+            unit="epoch",
+            disable=None if progress else True,
+            dynamic_ncols=True,
+        )
+        with bar:
+            for epoch in range(initial_epoch, epochs):
+                hooks.call("on_epoch_begin", epoch)
+                complete = self._train_epoch(batches, epoch, hooks, bar)
+                logs = self._results()
+                batches.end_epoch()
+                if complete:
+                    self._average(epoch)
+                    self._keep(epoch)
+                scores, missing = {}, set()
+                if validation is not None:
+                    names = [*(f"val_{name}" for name in logs)]
+                    names += [scored_name(name, average) for average in self.averages for name in logs]
+                    if validates(epoch):
+                        hooks.call("on_test_begin")
+                        scores = self._validate(validation)
+                        hooks.call("on_test_end", {name: scores[f"val_{name}"] for name in logs})
+                    missing = set(names) - set(scores)
+                    logs |= fill(names) | scores
+                hooks.epoch_end(epoch, logs, missing)
+                bar.update()
+                bar.set_postfix_str(_postfix(logs, missing))
+                if self.model.stop_training:
+                    break
+        self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
+        hooks.train_end(logs)
+        return history
+
+    def evaluate(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        average: str | None = None,
+    ) -> dict[str, float]:
+        """Evaluates the model, or one of its averages; leaves all weights and seeds as they are, to the bit.
+
+        Args:
+            x: as for `fit`.
+            y: as for `fit`.
+            sample_weight: as for `fit`.
+            batch_size: samples a step, for arrays; `None` for 32.
+            average: name of the average; `None` for the weights that the model holds.
+
+        Returns:
+            "loss" and each metric by name.
+
+        Raises:
+            ValueError: there is no such average, or it has no member yet; or the data does not fit.
+            SwapError: `average` is given inside the block of `averaged`.
+        """
+        batches = make_batches(x, y, sample_weight, batch_size=batch_size)
+        self._build(batches)
+        if average is None:
+            return self._evaluate(batches)
+        with self.averaged(average):
+            return self._evaluate(batches)
+
+    def averaged(self, name: str) -> AbstractContextManager[None]:
+        """Returns a context in which the model holds the average `name`; the raw weights return bit for bit after it.
+
+        They also return when the body raises. Costs one more copy of the model while it lasts.
+
+        Raises:
+            ValueError: there is no such average, or it has no member yet.
+            SwapError: on entering, if an average is in the model already.
+        """
+        return self._built_averages().swapped(name)
+
+    def export(self, path: str | PathLike[str], average: str | None = None, *, overwrite: bool = True) -> Path:
+        """Saves the model with the raw weights or with an average as a file that Keras alone loads.
+
+        Killed at any moment, there is under `path` what was there before or the whole new file.
+
+        Args:
+            path: ".keras" (the whole model), ".weights.h5" (weights) or ".h5" (Keras' legacy format).
+            average: name of the average; `None` for the weights that the model holds.
+            overwrite: whether to replace an existing file, as Keras does.
+
+        Returns:
+            `path`.
+
+        Raises:
+            ValueError: another suffix, no such average, or no member in it yet.
+            FileExistsError: the file exists and `overwrite` is false.
+        """
+        path = Path(path)
+        if not path.name.endswith(SUFFIXES):
+            raise ValueError(f"Expected a path that ends in {', '.join(SUFFIXES)}; got {str(path)!r}.")
+        if average is None:
+            self._save(path, overwrite)
+        else:
+            with self.averaged(average):
+                self._save(path, overwrite)
+        return path
+
+    def _train_epoch(self, batches: Batches, epoch: int, hooks: Hooks, bar: tqdm[Any]) -> bool:
+        """Makes the steps of one epoch; returns whether none were left out."""
+        self._reset()
+        feed, done, steps = batches.epoch(epoch), 0, 1
+        while feed.more() and not self.model.stop_training:
+            if hooks.watches_batches:
+                steps = self.model.steps_per_execution
+                hooks.batch_begin(done)
+            started = time.perf_counter()
+            made = self._train_loop(feed, steps)
+            seconds = time.perf_counter() - started
+            done += made
+            if hooks.watches_batches and made:
+                hooks.batch_end(done - 1, self._results())
+            elif made == steps:
+                # Twice as many at the most, so that one slow call does not lead to a very long one.
+                steps = max(1, min(2 * steps, int(steps * _CALL_SECONDS / max(seconds, 1e-9))))
+            self._report(self._built_averages().check_steps)
+            bar.set_description(f"step {done}/{batches.steps or '?'}", refresh=False)
+        return not feed.more()
+
+    def _average(self, epoch: int) -> None:
+        step = int(self.model.optimizer.iterations)
+        self._report(lambda: self._built_averages().update_epoch(epoch, step))
+
+    def _report(self, check: Any) -> None:
+        """Lets a `NonFiniteError` pass, unless a callback has stopped the training already, for the same reason."""
+        try:
+            check()
+        except NonFiniteError as error:
+            if not self.model.stop_training:
+                raise
+            logger.warning("%s", error)
+
+    def _keep(self, epoch: int) -> None:
+        members = self.members
+        if members is None or not members.due(epoch):
+            return
+        path = members.path(epoch)
+        self._save(path, members.overwrite)
+        self._kept = [kept for kept in self._kept if kept != path] + [path]
+        while members.newest is not None and len(self._kept) > members.newest:
+            self._storage.remove(self._kept.pop(0))
+
+    def _refuse_members_in_the_way(self, epochs: range) -> None:
+        if self.members is None or self.members.overwrite:
+            return
+        for path in (self.members.path(epoch) for epoch in epochs if self.members.due(epoch)):
+            if path.exists():
+                raise FileExistsError(
+                    f"{path} exists already, and would be a member of this run. Choose another folder, or pass "
+                    "Members(..., overwrite=True) to replace it."
+                )
+
+    def _validate(self, batches: Batches) -> dict[str, Any]:
+        scores = {f"val_{name}": value for name, value in self._evaluate(batches).items()}
+        for average in self._built_averages().begun():
+            with self.averaged(average):
+                results = self._evaluate(batches)
+            scores |= {scored_name(name, average): value for name, value in results.items()}
+        return scores
+
+    def _evaluate(self, batches: Batches) -> dict[str, Any]:
+        with unchanged(self.model.non_trainable_variables):
+            self._reset()
+            feed = batches.epoch(0)
+            while feed.more():
+                self._evaluation_loop(feed, _EVALUATION_STEPS)
+            return self._results()
+
+    def _reset(self) -> None:
+        self.model.reset_metrics()
+        self._loss.reset_state()
+
+    def _results(self) -> dict[str, Any]:
+        results = {"loss": self._loss.result()} | {
+            name: value for name, value in self.model.get_metrics_result().items() if name != "loss"
+        }
+        return {name: _plain(value) for name, value in results.items()}
+
+    def _save(self, path: Path, overwrite: bool) -> None:
+        weights_only = path.name.endswith(".weights.h5")
+        save = self.model.save_weights if weights_only else self.model.save
+        self._storage.commit(path, save, overwrite=overwrite)
+
+    def _build(self, batches: Batches) -> None:
+        """Makes what does not exist yet: variables of model, optimizer, metrics and averages, the compiled loops."""
+        model = self.model
+        specs = batches.specs()
+        if not model.built:
+            _call_symbolically(model, specs)
+        if not model.trainable_variables:
+            raise ValueError(f"Expected a model with trainable weights, but {model.name!r} has none.")
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        if self._state is None:
+            self._state = Averages(model, self.averages, self._on_nonfinite)
+        # Compiled anew or with other trainable weights, a model has other objects here.
+        made_for = [model.optimizer, *model.metrics, *model.trainable_variables]
+        if len(made_for) == len(self._made_for) and all(map(operator.is_, made_for, self._made_for)):
+            return
+        _make_metrics(model, specs)
+        options = {"jit_compile": model.jit_compile, "run_eagerly": model.run_eagerly}
+        self._train_loop = Loop(train_step(model, self._loss, self._state.step_update), **options)
+        self._evaluation_loop = Loop(evaluation_step(model, self._loss), **options)
+        self._made_for = made_for
+
+    def _built_averages(self) -> Averages:
+        if self._state is None:
+            raise ValueError("Expected a trainer that has trained, but there are no averages yet. Call fit first.")
+        return self._state
+
+    def _refuse_inside(self, verb: str) -> None:
+        if self._state is not None and self._state.in_model is not None:
+            raise SwapError(
+                f"Expected the raw weights in the model, but the average {self._state.in_model!r} is in it. "
+                f"Call {verb} outside of the block of averaged()."
+            )
+
+
+def _call_symbolically(model: keras.Model, specs: Any) -> Any:
+    """Calls the model on the shapes of a batch, which makes its variables; returns the shapes of its output."""
+    x = keras.utils.unpack_x_y_sample_weight(specs)[0]
+    return model(keras.tree.map_structure(lambda spec: keras.KerasTensor(spec.shape, spec.dtype.name), x))
+
+
+def _make_metrics(model: keras.Model, specs: Any) -> None:
+    """Makes the variables of the metrics, which come into being at their first update; else the step is traced twice."""
+    if not all(isinstance(spec, tf.TensorSpec) for spec in keras.tree.flatten(specs)):
+        return  # ragged or sparse data
+    zeros = partial(
+        keras.tree.map_structure,
+        lambda t: tf.zeros([1 if size is None else size for size in t.shape], t.dtype),
+    )
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(zeros(specs))
+    model.compute_metrics(x, y, zeros(_call_symbolically(model, specs)), sample_weight=sample_weight)
+    model.reset_metrics()
+
+
+def _validation_batches(data: Any, batch_size: int | None) -> Batches:
+    if isinstance(data, tuple):
+        return make_batches(*keras.utils.unpack_x_y_sample_weight(data), batch_size=batch_size)
+    return make_batches(data)
+
+
+def _predicate(validation_freq: int | Sequence[int]) -> Any:
+    if isinstance(validation_freq, int):
+        if validation_freq < 1:
+            raise ValueError(f"Expected validation_freq >= 1, got validation_freq={validation_freq}.")
+        return lambda epoch: (epoch + 1) % validation_freq == 0
+    return lambda epoch: epoch + 1 in validation_freq
+
+
+def _plain(value: Any) -> Any:
+    array = np.asarray(value)
+    return float(array) if array.ndim == 0 else array
+
+
+def _postfix(logs: dict[str, Any], missing: set[str]) -> str:
+    shown = {
+        name: value
+        for name, value in logs.items()
+        if name not in missing and (name in ("loss", "val_loss") or name.startswith("val_loss["))
+    }
+    return ", ".join(f"{name}={value:.4g}" for name, value in shown.items())
