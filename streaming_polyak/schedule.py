@@ -110,7 +110,7 @@ def check_averages(averages: Mapping[str, Average]) -> dict[str, Average]:
             raise ValueError(f"Expected averages to have non-empty names without brackets, got {name!r}.")
         if not isinstance(average, Average):
             raise TypeError(
-                f"Expected an Average under the name {name!r}, got {average!r}. Wrap a weighting: Average(MEAN, start=0)."
+                f"Expected an Average under the name {name!r}, got {average!r}. Wrap a weighting: Average(MEAN)."
             )
     return dict(averages)
 

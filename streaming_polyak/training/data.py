@@ -42,7 +42,7 @@ class Batches(Protocol):
         """Returns a feed of the batches of `epoch` (counted from 0)."""
 
     def specs(self) -> Any:
-        """Returns what a batch looks like: (x,), (x, y) or (x, y, sample_weight) of `tf.TensorSpec`, batch axis None."""
+        """Returns what a batch looks like: (x,), (x, y) or (x, y, sample_weight) of tf.TensorSpec, batch axis None."""
 
     def end_epoch(self) -> None:
         """Is called after each epoch of training."""
@@ -305,7 +305,7 @@ def _array(leaf: Any) -> NDArray[Any]:
     if array.ndim == 0 or (array.dtype == object and not all(isinstance(v, str) for v in array.flat)):
         raise TypeError(
             f"Expected x, y and sample_weight as arrays (or nests of them), a tf.data.Dataset or a "
-            f"keras.utils.PyDataset, got {type(leaf).__name__}. Convert it with numpy.asarray, or make a tf.data.Dataset."
+            f"keras.utils.PyDataset, got {type(leaf).__name__}. Convert it with numpy.asarray."
         )
     return array
 

@@ -63,7 +63,7 @@ class Trainer:
     Args:
         model: Sequential, functional or subclassed, compiled: its optimizer, loss, loss weights, metrics and `add_loss`
             terms are used.
-        averages: the running averages by name. All variables of the model are averaged, batch-norm statistics too.
+        averages: running averages by name. All variables of the model are averaged, batch-norm statistics too.
         seed: the order of samples in each epoch is a pure function of (seed, epoch), >= 0.
         members: which raw weights to keep as files.
         on_nonfinite: when NaN or infinity in a weight keeps an update of the averages from being made: "raise" a
@@ -89,8 +89,8 @@ class Trainer:
     ) -> None:
         if keras.backend.backend() != "tensorflow":
             raise ValueError(
-                f"Expected Keras to run on TensorFlow, got the backend {keras.backend.backend()!r}. Set the environment "
-                "variable KERAS_BACKEND=tensorflow before Keras is imported."
+                f"Expected Keras to run on TensorFlow, got the backend {keras.backend.backend()!r}. Set the "
+                "environment variable KERAS_BACKEND=tensorflow before Keras is imported."
             )
         if not isinstance(model, keras.Model):
             raise TypeError(f"Expected a keras.Model, got {type(model).__name__}.")
@@ -434,7 +434,7 @@ def _call_symbolically(model: keras.Model, specs: Any) -> Any:
 
 
 def _make_metrics(model: keras.Model, specs: Any) -> None:
-    """Makes the variables of the metrics, which come into being at their first update; else the step is traced twice."""
+    """Makes the metrics' variables, which come into being at their first update; else the step is traced twice."""
     if not all(isinstance(spec, tf.TensorSpec) for spec in keras.tree.flatten(specs)):
         return  # ragged or sparse data
     zeros = partial(
