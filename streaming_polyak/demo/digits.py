@@ -54,8 +54,8 @@ def run(
     start = epochs // 2
     weightings = {"mean": MEAN, "linear": LINEAR, f"exponential (alpha={alpha:g})": Exponential(alpha=alpha)}
     echo(
-        f"Handwritten digits, 8 x 8 pixels: {len(train[0])} rows train, {len(test[0])} test; a convolutional network with "
-        f"batch normalisation, SGD at a constant learning rate; {epochs} epochs, averages from epoch {start} on; "
+        f"Handwritten digits, 8 x 8 pixels: {len(train[0])} rows train, {len(test[0])} test; a convolutional network "
+        f"with batch normalisation, SGD at a constant learning rate; {epochs} epochs, averages from epoch {start} on; "
         f"{repeats} seeds."
     )
     runs: list[dict[str, list[float]]] = []

@@ -1,0 +1,119 @@
+"""A file is there whole or not at all, whatever fails on the way."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from streaming_polyak.files.storage import TEMPORARY, Storage
+
+
+def test_a_commit_makes_the_file_and_its_folders_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "a" / "b" / "file.bin"
+    Storage().commit(path, lambda temporary: temporary.write_bytes(b"new"))
+    assert path.read_bytes() == b"new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_temporary_file_has_the_suffixes_and_the_folder_of_the_final_one(tmp_path):
+    seen = []
+    Storage().commit(tmp_path / "x.weights.h5", lambda temporary: seen.append(temporary) or temporary.touch())
+    assert seen[0].name.endswith(".weights.h5")
+    assert seen[0].name.startswith(TEMPORARY)
+    assert seen[0].parent == tmp_path
+
+
+def test_an_existing_file_is_replaced_only_when_asked(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(FileExistsError, match=r"file exists already\. Choose another name, or pass overwrite=True"):
+        Storage().commit(path, lambda temporary: temporary.write_bytes(b"new"))
+    assert path.read_bytes() == b"old"
+    Storage().commit(path, lambda temporary: temporary.write_bytes(b"new"), overwrite=True)
+    assert path.read_bytes() == b"new"
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
+    path = tmp_path / "file"
+
+    def write(temporary):
+        temporary.write_bytes(b"ours")
+        path.write_bytes(b"theirs")
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        Storage().commit(path, write)
+    assert path.read_bytes() == b"theirs"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failed_write_leaves_what_was_there(tmp_path, overwrite):
+    path = tmp_path / "file"
+    if overwrite:
+        path.write_bytes(b"old")
+
+    def write(temporary):
+        temporary.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        Storage().commit(path, write, overwrite=overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == (["file"] if overwrite else [])
+    assert not overwrite or path.read_bytes() == b"old"
+
+
+def test_a_failed_sync_fails_the_commit_and_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fsync(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        Storage().commit(path, lambda temporary: temporary.write_bytes(b"new"), overwrite=True)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_and_folder_are_synced_in_the_right_order(tmp_path, monkeypatch):
+    calls = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor):
+        calls.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        real_fsync(descriptor)
+
+    def replace(source, target):
+        calls.append("rename")
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    Storage().commit(tmp_path / "file", lambda temporary: temporary.write_bytes(b"x"), overwrite=True)
+    assert calls == ["file", "rename", "folder"]
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    program = f"""
+import os, pathlib, signal
+from streaming_polyak.files.storage import Storage
+def write(temporary):
+    temporary.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+Storage().commit(pathlib.Path({str(path)!r}), write, overwrite=True)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -9
+    assert path.read_bytes() == b"old"
+    left = [p.name for p in tmp_path.iterdir() if p != path]
+    assert all(name.startswith(TEMPORARY) for name in left)
+
+
+def test_removing_what_is_gone_is_no_error(tmp_path):
+    (tmp_path / "file").touch()
+    Storage().remove(tmp_path / "file")
+    Storage().remove(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
