@@ -81,7 +81,7 @@ def demo(
     members: int,
     repeats: int,
 ) -> None:
-    r"""Train on two data sets with streaming averages and show what they are worth.
+    """Train on two data sets with streaming averages and show what they are worth.
 
     blobs: three classes of points in the plane, 500 epochs; the last ten models, their averages under three
     weightings, read back from files, and the same averages kept while training.
@@ -94,7 +94,7 @@ def demo(
       streaming-polyak demo
       streaming-polyak demo --data blobs --optimizer adam --output adam_demo
       streaming-polyak demo --data digits --repeats 10
-    """
+    """  # noqa: D301  # \b is a backspace here: click then keeps the lines as they are
     for other, options in _ONLY.items():
         for option in options:
             given = ctx.get_parameter_source(option) == click.core.ParameterSource.COMMANDLINE

@@ -82,7 +82,7 @@ def test_help_teaches_with_examples(arguments):
     assert result.exit_code == 0
     assert "demo" in result.output
     if arguments[0] == "demo":
-        assert "streaming-polyak demo --data blobs --optimizer adam" in result.output
+        assert "Examples:\n    streaming-polyak demo\n" in result.output
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def view(variable: keras.Variable) -> Array:
 
     While the array lives, TensorFlow gives the variable new memory when it changes; so let it go soon.
     """
-    return np.asarray(variable.value.read_value())
+    value = variable.value.read_value()
+    return np.asarray(value if value.shape.rank else value.numpy())  # a bfloat16 scalar is no array to NumPy
 
 
 class HostAccumulators:

@@ -6,8 +6,9 @@ Variables are known by their path, so that no order matters, and a variable that
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -92,8 +93,8 @@ class Averages:
                 f"Expected the raw weights in the model, but the average {self._in_model!r} is in it. "
                 "Update after leaving the block of averaged()."
             )
-        with ThreadPoolExecutor(1) as pool:  # KeyboardInterrupt is raised in the main thread only
-            refused = pool.submit(self._host.update, epoch).result()
+        with _interrupts_later():
+            refused = self._host.update(epoch)
         if refused is not None:
             self._refuse(refused, f"epoch {epoch} (optimizer step {step})", 1)
 
@@ -176,3 +177,20 @@ def unchanged(variables: Any) -> Iterator[None]:
     finally:
         for variable, value in before:
             variable.assign(value)
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done; only the main thread is ever interrupted."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or previous is None:
+        yield
+        return
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if received:
+            signal.raise_signal(signal.SIGINT)
