@@ -47,8 +47,8 @@ _ONLY = {"blobs": ("members", "optimizer"), "digits": ("repeats",)}
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("demo_output"),
     show_default=True,
-    help="Folder for figures, tables and members; with both data sets, each has a folder in it. Files of an earlier "
-    "demo there are replaced.",
+    help="Folder for figures, tables and members; with both data sets, each has a folder in it. Files of the same "
+    "names are replaced.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights and sample order.")
 @click.option(

@@ -37,7 +37,7 @@ def scatter(path: Path, panels: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
         panels: by title: points of shape (rows, 2) and int labels of shape (rows,).
         title: above all panels.
     """
-    figure, axes = _figure(1, len(panels), title, width=4.2 * len(panels), height=4.2, share=True)
+    figure, axes = _figure(len(panels), title, width=4.2 * len(panels), height=4.2, share=True)
     for axis, (name, (points, labels)) in zip(axes, panels.items(), strict=True):
         for label, style in zip(np.unique(labels), _STYLES, strict=False):
             rows = points[labels == label]
@@ -70,7 +70,7 @@ def curves(
         mark: a dotted vertical line at an epoch, and its legend entry.
         from_epoch: by panel, the first epoch shown (and scaled to).
     """
-    figure, axes = _figure(1, len(panels), title, width=5.4 * len(panels), height=4.2)
+    figure, axes = _figure(len(panels), title, width=5.4 * len(panels), height=4.2)
     x = np.asarray(epochs)
     for axis, (label, lines) in zip(axes, panels.items(), strict=True):
         shown = x >= (from_epoch or {}).get(label, x[0])
@@ -102,7 +102,7 @@ def last_n(
         title: of the figure.
         score: label of the vertical axis.
     """
-    figure, (axis,) = _figure(1, 1, title, width=6.4, height=4.4)
+    figure, (axis,) = _figure(1, title, width=6.4, height=4.4)
     n = np.arange(1, len(singles) + 1)
     axis.plot(n, singles, "o", color="0.55", markersize=6, label="single: n-th newest member")
     for (name, values), style in zip(averages.items(), _STYLES, strict=False):
@@ -114,15 +114,13 @@ def last_n(
     _finish(figure, axis, path)
 
 
-def _figure(
-    rows: int, columns: int, title: str, *, width: float, height: float, share: bool = False
-) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, title: str, *, width: float, height: float, share: bool = False) -> tuple[Figure, list[Axes]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib. Install it with: pip install 'streaming_polyak[plots]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
+    axes = figure.subplots(1, panels, squeeze=False, sharex=share, sharey=share)
     figure.suptitle(title)
     return figure, list(axes.flat)
 

@@ -52,7 +52,7 @@ class Average:
 
     def due(self, k: Any) -> Any:
         """Tells whether the weights after epoch or step `k` (an int, or an integer tensor) are a member."""
-        return (k >= self.start) & ((k - self.start) % self.every == 0)
+        return _due(self, k)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Members:
         folder: where the files go; made if missing.
         start: the first epoch (counted from 0) whose weights are kept.
         every: the distance in epochs between kept ones.
-        newest: keep only the newest so many, at least 1; older ones of the same `fit` are deleted, once the newer one
-            is safely on disk. `None` keeps all.
+        newest: keep only the newest so many, at least 1; older ones that the same Trainer wrote are deleted, once the
+            newer one is safely on disk. `None` keeps all. Files of other runs are never deleted.
         suffix: ".keras" (the whole model), ".weights.h5" (weights and optimizer) or ".h5" (Keras' legacy format).
         overwrite: replace files of an earlier run; without it `fit` refuses to start where one is in the way.
 
@@ -91,7 +91,7 @@ class Members:
 
     def due(self, epoch: int) -> bool:
         """Tells whether the weights after `epoch` are kept."""
-        return epoch >= self.start and (epoch - self.start) % self.every == 0
+        return bool(_due(self, epoch))
 
     def path(self, epoch: int) -> Path:
         """Returns the file for the weights after `epoch`."""
@@ -105,6 +105,8 @@ def check_averages(averages: Mapping[str, Average]) -> dict[str, Average]:
         ValueError: a name is empty or holds a bracket (it stands in brackets in names like "val_loss[mean]").
         TypeError: a value is no `Average`.
     """
+    if not isinstance(averages, Mapping):
+        raise TypeError(f'Expected averages as a dict such as {{"mean": Average(MEAN)}}, got {averages!r}.')
     for name, average in averages.items():
         if not isinstance(name, str) or not name or set(name) & set("[]"):
             raise ValueError(f"Expected averages to have non-empty names without brackets, got {name!r}.")
@@ -113,6 +115,10 @@ def check_averages(averages: Mapping[str, Average]) -> dict[str, Average]:
                 f"Expected an Average under the name {name!r}, got {average!r}. Wrap a weighting: Average(MEAN)."
             )
     return dict(averages)
+
+
+def _due(schedule: Average | Members, k: Any) -> Any:
+    return (k >= schedule.start) & ((k - schedule.start) % schedule.every == 0)
 
 
 def _check_every(start: int, every: int) -> None:

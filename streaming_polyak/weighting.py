@@ -74,11 +74,14 @@ class Weighting(abc.ABC):
 
         Raises:
             ValueError: `n` is below 1 or not a whole number (not checked for tensors).
+            TypeError: `n` holds no numbers.
         """
         tf = sys.modules.get("tensorflow")  # a tensor exists only where TensorFlow is imported already
         if tf is not None and tf.is_tensor(n):
             return self._coefficient(tf.cast(n, tf.float64), tf.math)
         exact = np.asarray(n)
+        if not (np.issubdtype(exact.dtype, np.integer) or np.issubdtype(exact.dtype, np.floating)):
+            raise TypeError(f"Expected the number of members as whole numbers, got n={n!r}.")
         n64 = exact.astype(np.float64)
         if not (np.all(n64 >= 1) and np.all(n64 == np.floor(n64))):
             raise ValueError(f"Expected the number of members as whole numbers from 1 on, got n={n}.")

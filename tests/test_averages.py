@@ -210,7 +210,44 @@ def test_two_variables_of_one_path_are_refused_with_the_remedy():
     model = Twins()
     model(keras.KerasTensor((None, 2)))
     with pytest.raises(ValueError, match=r"model 'twins' has two of path 'twins/same/kernel'.*a name of its own"):
-        Averages(model, {})
+        Averages(model, {"mean": Average(MEAN)})
+    Averages(model, {})  # nothing to tell apart
+
+
+def test_seed_generators_of_one_path_are_told_apart():
+    model = Bag({"w": tf.constant([1.0])})
+    model.first, model.second = keras.random.SeedGenerator(1, name="seeds"), keras.random.SeedGenerator(2, name="seeds")
+    assert model.first.state.path == model.second.state.path
+    averages = Averages(model, {"mean": Average(MEAN)})
+    averages.update_epoch(0, 0)
+    model.first.next()
+    with averages.swapped("mean"):
+        assert [g.state.numpy().tolist() for g in (model.first, model.second)] == [[1, 0], [2, 0]]
+    assert model.first.state.numpy().tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_finite_weights_so_large_that_their_difference_overflows_are_refused(unit, dtype):
+    top = float(tf.as_dtype("float64" if dtype == "float64" else "float32").max)
+    model = Bag({"w": tf.cast(tf.constant([-0.4 * top], tf.float64), dtype)})
+    averages = Averages(model, {"mean": Average(MEAN, unit=unit)})
+    averages.update_epoch(0, 0) if unit == "epoch" else apply_step(averages, model, 0)
+    model.variables[0].assign(-model.variables[0])
+    averages.update_epoch(1, 1) if unit == "epoch" else apply_step(averages, model, 1)
+    assert contents(averages, "mean")["bag/w"] == [0.0]
+    model.variables[0].assign(tf.cast(tf.constant([0.9 * top], tf.float64), dtype))
+    if unit == "step":
+        apply_step(averages, model, 2)
+    with pytest.raises(NonFiniteError, match="beyond half the range"):
+        averages.update_epoch(2, 2) if unit == "epoch" else averages.check_steps()
+    assert contents(averages, "mean")["bag/w"] == [0.0]
+
+
+def test_accumulators_take_their_memory_when_they_are_made():
+    model = bag()
+    averages = Averages(model, {"late": Average(MEAN, start=100)})
+    assert all(np.array_equal(m, np.zeros_like(m)) for m in contents(averages, "late").values())
 
 
 @pytest.mark.parametrize("unit", ["epoch", "step"])

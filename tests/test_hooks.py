@@ -221,7 +221,7 @@ def test_epochs_without_validation_do_not_count_as_bad_ones():
 
 def test_a_monitor_of_an_average_that_there_is_not_is_refused_at_once():
     stop = callbacks.EarlyStopping(monitor="val_loss[maen]")
-    with pytest.raises(ValueError, match=r"one of the averages \['mean'\], got monitor='val_loss\[maen\]'"):
+    with pytest.raises(ValueError, match=r"got monitor='val_loss\[maen\]'. The scores are loss,.*val_accuracy\[mean\]"):
         fit(stop)
 
 
@@ -236,3 +236,68 @@ def test_a_callback_can_stop_in_the_middle_of_an_epoch_which_is_then_no_member()
     trainer, history = fit(Stop(), epochs=9, start=0)
     assert len(history["loss"]) == 4
     assert trainer.count("mean") == 3
+
+
+@pytest.mark.parametrize("monitor", ["val_los[mean]", "loss[mean]"])
+def test_a_monitor_of_a_score_that_there_will_not_be_is_refused_at_once(monitor):
+    with pytest.raises(ValueError, match="to monitor a score that there will be"):
+        fit(callbacks.ReduceLROnPlateau(monitor=monitor))
+    with pytest.raises(ValueError, match="averages are scored on validation_data"):
+        Trainer(mlp(), {"mean": Average(MEAN)}).fit(X, Y, callbacks=callbacks.EarlyStopping("val_loss[mean]"))
+
+
+def test_a_checkpoint_that_would_save_raw_weights_for_an_average_is_refused(tmp_path):
+    save = callbacks.ModelCheckpoint(tmp_path / "a.keras", monitor="val_loss[mean]", save_freq=3)
+    with pytest.raises(ValueError, match="at the end of epochs, where the average 'mean' that it monitors is scored"):
+        fit(save)
+    save = callbacks.ModelCheckpoint(tmp_path / "{val_loss[mean]:.3f}.keras", monitor="val_loss[mean]")
+    with pytest.raises(ValueError, match=r"filepath without brackets.*write \{val_loss:\.3f\}"):
+        fit(save)
+
+
+def test_a_file_name_holds_the_score_of_the_average(tmp_path):
+    save = callbacks.ModelCheckpoint(tmp_path / "{epoch}-{val_loss:.4f}.keras", monitor="val_loss[mean]")
+    _, history = fit(save, epochs=3, start=2)
+    assert [path.name for path in tmp_path.iterdir()] == [f"3-{history['val_loss[mean]'][2]:.4f}.keras"]
+
+
+def test_what_is_no_callback_is_refused():
+    with pytest.raises(TypeError, match=r"callbacks to be keras\.callbacks\.Callback, got 3"):
+        fit(3)
+
+
+def test_callbacks_get_no_value_where_there_is_none():
+    seen = []
+    watch = callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(set(logs)))
+    fit(watch, epochs=4, start=3, validation_freq=2)
+    assert ["val_loss" in names for names in seen] == [False, True, False, True]
+    assert ["val_loss[mean]" in names for names in seen] == [False, False, False, True]
+
+
+def test_begin_and_end_of_batches_come_in_pairs_for_data_sets_too():
+    seen = []
+    watch = callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(("begin", batch)),
+        on_train_batch_end=lambda batch, logs: seen.append(("end", batch)),
+    )
+    batches = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+    Trainer(mlp()).fit(batches, epochs=2, callbacks=watch)
+    assert seen == [(kind, batch) for _ in range(2) for batch in range(5) for kind in ("begin", "end")]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: callbacks.TerminateOnNaN(), lambda path: callbacks.ModelCheckpoint(path / "a.keras")]
+)
+def test_callbacks_that_need_no_batches_leave_the_loop_many_steps_a_call(make, tmp_path):
+    trainer = Trainer(mlp())
+    trainer.fit(X, Y, batch_size=1, epochs=1)
+    calls, real = [], trainer._train_loop.__call__
+
+    class Counting:
+        def __call__(self, feed, steps):
+            calls.append(steps)
+            return real(feed, steps)
+
+    trainer._train_loop = Counting()
+    trainer.fit(X, Y, batch_size=1, epochs=1, callbacks=make(tmp_path))
+    assert len(calls) < 20  # for 70 steps

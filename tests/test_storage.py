@@ -47,6 +47,25 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_without_hard_links_a_commit_replaces_nothing_either(tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    path = tmp_path / "file"
+    Storage().commit(path, lambda temporary: temporary.write_bytes(b"new"))
+    assert path.read_bytes() == b"new"
+
+    def write(temporary):
+        temporary.write_bytes(b"ours")
+        (tmp_path / "other").write_bytes(b"theirs")
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        Storage().commit(tmp_path / "other", write)
+    assert (tmp_path / "other").read_bytes() == b"theirs"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failed_write_leaves_what_was_there(tmp_path, overwrite):
     path = tmp_path / "file"

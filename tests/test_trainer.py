@@ -421,7 +421,7 @@ def test_a_weight_that_becomes_nan_stops_training_and_leaves_the_averages_as_the
     with trainer.averaged("mean"):
         before = bits(trainer.model.variables)
     x[:] = np.nan
-    where = r"after epoch 2 \(optimizer step 6\)" if unit == "epoch" else "after optimizer step 4"
+    where = r"after epoch 2 \(optimizer step 5\)" if unit == "epoch" else "after optimizer step 4"
     with pytest.raises(NonFiniteError, match=rf"tensor '.*hidden/kernel' holds NaN or infinity {where}"):
         trainer.fit(x, Y, batch_size=35, epochs=3, initial_epoch=2)
     with trainer.averaged("mean"):
@@ -446,6 +446,81 @@ def test_averages_go_on_over_several_fits_and_a_new_compile():
     history = trainer.fit(X, Y, epochs=3)
     assert list(history.history) == ["loss", "mae"]
     assert trainer.count("mean") == 5
+
+
+def test_a_model_that_got_other_variables_is_refused_by_name():
+    model = mlp()
+    trainer = Trainer(model, {"mean": Average(MEAN)})
+    trainer.fit(X, Y)
+    model.add(keras.layers.Dense(3, name="added"))
+    model.compile(optimizer="sgd", loss="mse")
+    with pytest.raises(ValueError, match=r"the variables it had .* new, gone or others: .*added/kernel.*new Trainer"):
+        trainer.fit(X, Y)
+
+
+def test_models_written_for_an_older_keras_train_as_in_keras():
+    class Old(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(3)
+
+        def call(self, x, training):
+            return self.dense(x) + (0.0 if training else 1.0)
+
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+            return tf.reduce_mean(tf.square(y - y_pred)) * 3.0
+
+    def build():
+        keras.utils.set_random_seed(0)
+        model = Old()
+        model.compile(optimizer=keras.optimizers.SGD(0.05), loss="mse")
+        return model
+
+    plain, ours = build(), build()
+    plain.fit(X, Y, batch_size=70, epochs=2, verbose=0)
+    Trainer(ours).fit(X, Y, batch_size=70, epochs=2, validation_data=VALIDATION)
+    np.testing.assert_allclose(weights(ours), weights(plain), rtol=1e-5, atol=1e-7)
+
+
+def test_a_metric_with_several_results_is_logged_under_each():
+    class Both(keras.metrics.Metric):
+        def __init__(self):
+            super().__init__(name="both")
+            self.total = self.add_weight(name="total", initializer="zeros")
+
+        def update_state(self, y_true, y_pred, sample_weight=None):
+            self.total.assign_add(tf.reduce_sum(y_true))
+
+        def result(self):
+            return {"one": self.total * 1.0, "two": self.total * 2.0}
+
+    history = Trainer(mlp(metrics=[Both()])).fit(X, Y, validation_data=VALIDATION).history
+    assert (history["one"], history["two"], history["val_two"]) == ([70.0], [140.0], [100.0])
+
+
+def test_a_model_of_several_outputs_is_not_traced_again_by_a_second_fit():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, [keras.layers.Dense(1)(inputs), keras.layers.Dense(3)(inputs)])
+    model.compile(optimizer="sgd", loss=["mse", "mse"])
+    trainer = Trainer(model)
+    trainer.fit(X, (Y[:, :1], Y))
+    loop = trainer._train_loop
+    trainer.fit(X, (Y[:, :1], Y))
+    assert trainer._train_loop is loop
+    assert loop.traces == 1
+
+
+def test_the_history_of_a_run_that_failed_is_kept():
+    class Fail(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise OSError("no more")
+
+    trainer = Trainer(mlp())
+    with pytest.raises(OSError, match="no more"):
+        trainer.fit(X, Y, epochs=5, callbacks=Fail())
+    assert trainer.history.epoch == [0, 1]
+    assert len(trainer.history.history["loss"]) == 2
 
 
 def test_fit_inside_averaged_is_refused():
@@ -473,6 +548,15 @@ def test_models_it_cannot_train_are_refused_with_the_remedy(monkeypatch):
     own = Own()
     own.compile(optimizer="sgd", loss="mse")
     with pytest.raises(ValueError, match=r"Own overrides train_step.*compute_loss"):
+        Trainer(own)
+
+    class OwnTest(keras.Sequential):
+        def test_step(self, data):
+            return {"foo": 42}
+
+    own = OwnTest([keras.layers.Dense(1)])
+    own.compile(optimizer="sgd", loss="mse")
+    with pytest.raises(ValueError, match=r"OwnTest overrides test_step"):
         Trainer(own)
     frozen = mlp(kind="functional")
     frozen.trainable = False
@@ -506,7 +590,7 @@ def test_wrong_options_are_refused(options, error, message):
         ({"x": (i for i in range(3))}, TypeError, "as arrays .* got generator"),
         ({"x": 3, "y": 4}, TypeError, "as arrays .* got int"),
         ({"x": X, "sample_weight": Y}, ValueError, "y together with sample_weight"),
-        ({"x": X, "y": Y, "batch_size": 0}, ValueError, "batch_size >= 1, got batch_size=0"),
+        ({"x": X, "y": Y, "batch_size": 0}, ValueError, "batch_size as a whole number >= 1, got batch_size=0"),
         ({"x": X, "y": Y, "epochs": 0}, ValueError, "initial_epoch < epochs, got initial_epoch=0, epochs=0"),
         ({"x": X, "y": Y, "steps_per_epoch": 4}, ValueError, "steps_per_epoch <= 3, the batches of 32 in 70 rows"),
         ({"x": X, "y": Y, "validation_freq": 0, "validation_data": (X, Y)}, ValueError, "validation_freq >= 1"),
@@ -526,8 +610,11 @@ def test_datasets_that_do_not_fit_are_refused():
         trainer.fit(batches, Y, batch_size=32)
     with pytest.raises(ValueError, match=r"steps_per_epoch with a data set that never ends"):
         trainer.fit(batches.repeat())
-    with pytest.raises(ValueError, match="at least one batch, got an empty one"):
-        trainer.fit(batches.take(0))
+    for empty in (batches.take(0), batches.filter(lambda x, y: False)):
+        with pytest.raises(ValueError, match="at least one batch, got an empty one"):
+            trainer.fit(empty)
+    with pytest.raises(ValueError, match=r"shorten the data set with take\(n\)"):
+        trainer.fit(batches, validation_data=batches.repeat())
     with pytest.raises(ValueError, match="PyDataset with at least 6 batches"):
         trainer.fit(Numbers(), steps_per_epoch=6)
 
@@ -562,6 +649,20 @@ def test_an_export_is_loaded_by_keras_alone_and_predicts_the_same(suffix, averag
     else:
         loaded = keras.models.load_model(path)
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), averaged if average else raw)
+
+
+def test_bfloat16_in_the_legacy_format_is_refused_with_the_remedy(tmp_path):
+    model = keras.Sequential([keras.layers.Dense(3, dtype="bfloat16")])
+    model.compile(optimizer="sgd", loss="mse")
+    trainer = Trainer(model, {"mean": Average(MEAN)})
+    trainer.fit(X, Y)
+    with pytest.raises(ValueError, match=r"can hold bfloat16, got '.*out\.h5'.*use \.keras or \.weights\.h5"):
+        trainer.export(tmp_path / "out.h5", "mean")
+    path = trainer.export(tmp_path / "out.keras", "mean")
+    np.testing.assert_array_equal(
+        keras.models.load_model(path).get_weights()[0].astype(np.float32),
+        tf.cast(trainer._state._where["mean"].values("mean")[model.variables[0].path], "bfloat16").numpy().astype("f"),
+    )
 
 
 def test_an_export_replaces_a_file_unless_told_not_to(tmp_path):

@@ -221,6 +221,12 @@ def test_numbers_of_members_start_at_one(n):
         MEAN.weights(n)
 
 
+def test_what_is_no_number_of_members_is_refused():
+    for n in ("a", True, None):
+        with pytest.raises(TypeError, match="number of members as whole numbers, got n="):
+            MEAN(n)
+
+
 def test_weightings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MEAN.power = 2

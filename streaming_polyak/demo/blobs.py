@@ -7,9 +7,8 @@ while training, without any file.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +19,7 @@ from sklearn.datasets import make_blobs
 from tabulate import tabulate
 
 from streaming_polyak import LINEAR, MEAN, Average, Exponential, Members, Trainer, plots
-from streaming_polyak.files.storage import Storage
+from streaming_polyak.files.storage import write_csv
 
 Weights: TypeAlias = dict[str, NDArray[np.float64]]
 Data: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
@@ -54,7 +53,7 @@ def run(
     """Trains, evaluates members, their averages and the streaming averages, and draws three figures.
 
     Args:
-        output: folder for what is written; files of an earlier demo there are replaced.
+        output: folder for what is written; files of the same names are replaced.
         echo: takes each paragraph of the report.
         epochs: epochs to train.
         members: how many of the last epochs are averaged, at most `epochs`.
@@ -117,7 +116,7 @@ def run(
         f"Single models and averages of the last n of {epochs} epochs ({optimizer})",
         f"test accuracy ({len(test[0])} rows)",
     )
-    _write_scores(files[3], everything)
+    write_csv(files[3], [field.name for field in fields(Score)], [astuple(score) for score in everything])
     history.to_csv(files[4])
     return files + trainer.member_paths
 
@@ -232,13 +231,3 @@ def _draw_curves(path: Path, history: keras.callbacks.History, title: str) -> No
         for name, label in (("loss", "loss"), ("accuracy", "accuracy"))
     }
     plots.curves(path, history.epoch, panels, title)
-
-
-def _write_scores(path: Path, scores: Sequence[Score]) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            rows = csv.DictWriter(file, [field.name for field in fields(Score)])
-            rows.writeheader()
-            rows.writerows(asdict(score) for score in scores)
-
-    Storage().commit(path, write, overwrite=True)

@@ -6,7 +6,6 @@ bounce around to the end; three averages start in mid-run. Batch-norm statistics
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +20,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from streaming_polyak import LINEAR, MEAN, Average, Exponential, Trainer, plots
-from streaming_polyak.files.storage import Storage
+from streaming_polyak.files.storage import write_csv
 
 Curves: TypeAlias = dict[str, NDArray[np.float64]]
 
@@ -40,7 +39,7 @@ def run(
     """Trains the network with several seeds and compares raw weights and averages on the test rows.
 
     Args:
-        output: folder for what is written; files of an earlier demo there are replaced.
+        output: folder for what is written; files of the same names are replaced.
         echo: takes each paragraph of the report.
         epochs: epochs to train; the averages start at `epochs // 2`.
         repeats: how many seeds.
@@ -84,7 +83,13 @@ def run(
         mark=(start, "averages start"),
         from_epoch={f"test {score}": epochs // 4 for score in scores},
     )
-    _write(files[1], scores, seed)
+    rows = [
+        [seed + run, epoch, name, *(float(lines[name][run, epoch]) for lines in scores.values())]
+        for name in names
+        for run in range(repeats)
+        for epoch in range(epochs)
+    ]
+    write_csv(files[1], ["seed", "epoch", "weights", *(f"test_{score}" for score in scores)], rows)
     return files
 
 
@@ -135,6 +140,8 @@ def _table(scores: Mapping[str, Curves]) -> str:
 
 def _verdict(score: str, lines: Curves) -> str:
     """Says for each average, against the raw weights of the same runs, whether it helped (5 % level)."""
+    if len(lines[RAW]) < 2:
+        return f"Does averaging help the test {score}? One seed cannot tell; take more with --repeats."
     sentences = []
     for name, values in lines.items():
         if name == RAW:
@@ -152,18 +159,3 @@ def _verdict(score: str, lines: Curves) -> str:
 
 def _deviation(values: NDArray[np.float64]) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else 0.0
-
-
-def _write(path: Path, scores: Mapping[str, Curves], seed: int) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["seed", "epoch", "weights", *(f"test_{score}" for score in scores)])
-            for name in scores["loss"]:
-                runs, epochs = scores["loss"][name].shape
-                for run in range(runs):
-                    for epoch in range(epochs):
-                        values = [float(scores[score][name][run, epoch]) for score in scores]
-                        rows.writerow([seed + run, epoch, name, *values])
-
-    Storage().commit(path, write, overwrite=True)

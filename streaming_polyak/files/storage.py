@@ -7,9 +7,10 @@ behind is a file whose name starts with `TEMPORARY`.
 
 from __future__ import annotations
 
+import csv
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 TEMPORARY = ".writing-"
@@ -40,10 +41,7 @@ class Storage:
             if overwrite:
                 os.replace(temporary, path)
             else:
-                try:
-                    os.link(temporary, path)  # unlike a rename, refuses to replace
-                except FileExistsError as error:
-                    raise _in_the_way(path) from error
+                self._rename_without_replacing(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         self._sync(path.parent)
@@ -53,12 +51,37 @@ class Storage:
         path.unlink(missing_ok=True)
 
     @staticmethod
+    def _rename_without_replacing(temporary: Path, path: Path) -> None:
+        try:
+            os.link(temporary, path)  # unlike a rename, refuses to replace
+        except FileExistsError as error:
+            raise _in_the_way(path) from error
+        except OSError:  # a file system without hard links: take the name first
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError as error:
+                raise _in_the_way(path) from error
+            os.replace(temporary, path)
+
+    @staticmethod
     def _sync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Writes a CSV file, whole or not at all; replaces a file `path`."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(rows)
+
+    Storage().commit(path, write, overwrite=True)
 
 
 def _in_the_way(path: Path) -> FileExistsError:

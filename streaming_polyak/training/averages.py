@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from streaming_polyak.errors import NonFiniteError, SwapError
 from streaming_polyak.schedule import Average
-from streaming_polyak.training.accumulators import Array, GraphAccumulators, HostAccumulators, view
+from streaming_polyak.training.accumulators import Array, GraphAccumulators, HostAccumulators, is_averaged, view
 
 logger = logging.getLogger("streaming_polyak")
 
@@ -45,7 +45,7 @@ class Averages:
         averages: Mapping[str, Average],
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
-        self._variables = variables_by_path(model)
+        self._variables = variables_by_path(model) if averages else {}
         self._host = HostAccumulators({k: a for k, a in averages.items() if a.unit == "epoch"}, self._variables)
         steps = {k: a for k, a in averages.items() if a.unit == "step"}
         self._graph = GraphAccumulators(steps, self._variables) if steps else None
@@ -54,6 +54,20 @@ class Averages:
         }
         self._skip = on_nonfinite == "skip"
         self._in_model: str | None = None
+
+    def check_model(self, model: keras.Model) -> None:
+        """Checks that the model has the variables it had.
+
+        Raises:
+            ValueError: it has others; the averages would be those of a part.
+        """
+        now = variables_by_path(model) if self._where else {}
+        changed = [p for p in {**now, **self._variables} if now.get(p) is not self._variables.get(p)]
+        if changed:
+            raise ValueError(
+                f"Expected model {model.name!r} with the variables it had when its averages began, but these are new, "
+                f"gone or others: {', '.join(changed)}. Make a new Trainer for the changed model."
+            )
 
     @property
     def in_model(self) -> str | None:
@@ -142,8 +156,8 @@ class Averages:
 
     def _refuse(self, path: str, when: str, times: int) -> None:
         message = (
-            f"Expected finite weights, but tensor {path!r} holds NaN or infinity after {when}. It was kept out of the "
-            "averages, which are as they were."
+            f"Expected finite weights, but tensor {path!r} holds NaN or infinity after {when} (or a number beyond half "
+            "the range of the average's dtype). It was kept out of the averages, which are as they were."
         )
         if not self._skip:
             raise NonFiniteError(
@@ -155,12 +169,21 @@ class Averages:
 def variables_by_path(model: keras.Model) -> dict[str, keras.Variable]:
     """Returns every variable of the model by its path: weights, batch-norm statistics, seeds; shared ones once.
 
+    Seed generators are numbered by Keras, not named by the user, so that two may have one path; the second is then
+    called "PATH#2".
+
     Raises:
-        ValueError: two variables have the same path, so that they could not be told apart.
+        ValueError: two variables that are averaged have the same path, so that they could not be told apart.
     """
     variables: dict[str, keras.Variable] = {}
+    same: dict[str, int] = {}
     for variable in model.variables:
-        if variables.setdefault(variable.path, variable) is not variable:
+        same[variable.path] = same.get(variable.path, 0) + 1
+        if same[variable.path] == 1:
+            variables[variable.path] = variable
+        elif not is_averaged(variable):
+            variables[f"{variable.path}#{same[variable.path]}"] = variable
+        else:
             raise ValueError(
                 f"Expected variables with different paths, but model {model.name!r} has two of path "
                 f"{variable.path!r}. Give each of its layers a name of its own."

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 CHUNK_BYTES = 16 * 2**20
 
+_EMPTY = "Expected a data set with at least one batch, got an empty one."
+
 
 def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
     """Returns the order in which `rows` samples are seen in `epoch`: a permutation, int64 of shape (rows,).
@@ -151,9 +153,9 @@ class IteratorFeed:
             self._left -= steps
         if steps < asked:
             if self._fresh and not steps:
-                raise ValueError("Expected a data set with at least one batch, got an empty one.")
+                raise ValueError(_EMPTY)
             self._source.rewind()
-            self._ended = self._left is None
+            self._ended = self._source.whole
 
 
 @dataclass
@@ -170,23 +172,26 @@ class DatasetBatches:
     dataset: tf.data.Dataset
     steps: int | None = None
     _iterator: Any = field(default=None, init=False)
-    _whole: bool = field(default=False, init=False)
+    whole: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         cardinality = int(self.dataset.cardinality())
-        self._whole = self.steps is None
+        self.whole = self.steps is None
         if self.steps is None and cardinality == tf.data.INFINITE_CARDINALITY:
             raise ValueError(
-                "Expected steps_per_epoch with a data set that never ends. Pass it, or leave out repeat()."
+                "Expected steps_per_epoch with a data set that never ends. Pass it to fit, or shorten the data set "
+                "with take(n)."
             )
-        if self.steps is None and cardinality >= 0:
+        if cardinality == 0:
+            raise ValueError(_EMPTY)
+        if self.steps is None and cardinality > 0:
             self.steps = cardinality
 
     def epoch(self, epoch: int) -> IteratorFeed:
         """Returns a feed of the batches of `epoch`."""
-        if self._whole:
+        if self.whole:
             self.rewind()
-        return IteratorFeed(self, None if self._whole else self.steps)
+        return IteratorFeed(self, self.steps)
 
     def iterator(self) -> tuple[Any, bool]:
         """Returns the open iterator, and whether nothing was read from it yet."""
@@ -233,6 +238,8 @@ class SequenceBatches:
 
     def epoch(self, epoch: int) -> IteratorFeed:
         """Returns a feed of the batches of `epoch`."""
+        if hasattr(self._source, "on_epoch_begin"):
+            self._source.on_epoch_begin()
         order = np.arange(self._available)
         if self._seed is not None:
             order = epoch_order(self._seed, epoch, self._available)
@@ -284,8 +291,8 @@ def make_batches(
         TypeError: `x` is of no such kind.
     """
     for name, value in (("batch_size", batch_size), ("steps_per_epoch", steps)):
-        if value is not None and value < 1:
-            raise ValueError(f"Expected {name} >= 1, got {name}={value!r}.")
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+            raise ValueError(f"Expected {name} as a whole number >= 1, got {name}={value!r}.")
     if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
         kind = "tf.data.Dataset" if isinstance(x, tf.data.Dataset) else "PyDataset"
         given = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}

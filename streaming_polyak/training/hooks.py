@@ -8,7 +8,6 @@ average has begun it is not called at the end of an epoch. All other callbacks s
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import Any
 import keras
 
 from streaming_polyak.training.averages import Averages
+
+_FIXED_COLUMNS = (keras.callbacks.History, keras.callbacks.CSVLogger)
 
 _BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
 
@@ -28,11 +29,13 @@ class Hooks:
         callbacks: in the order in which they are called.
         model: the model that is trained.
         averages: its averages.
-        names: of the averages, begun or not.
+        names: under which scores are logged, of averages that have not begun too.
         params: as Keras' `Callback.params`.
 
     Raises:
-        ValueError: a callback monitors an average that there is not.
+        TypeError: one is no callback.
+        ValueError: a callback monitors a score of an average that will not be there, or would save raw weights
+            for it.
     """
 
     def __init__(
@@ -47,18 +50,21 @@ class Hooks:
         self._counts: dict[tuple[str, int], int] = {}
         names = list(names)
         for callback in self._callbacks:
-            if (of := _average_of(callback)) is not None and of[1] not in names:
-                raise ValueError(
-                    f"Expected {type(callback).__name__} to monitor one of the averages {names}, got "
-                    f"monitor={callback.monitor!r}."
-                )
+            _check(callback, names)
+        for callback in self._callbacks:
             callback.set_params(params)
             callback.set_model(model)
         self._on_batches = [c for c in self._callbacks if any(_overrides(c, hook) for hook in _BATCH_HOOKS)]
+        self._watches_batches = not all(map(_can_wait, self._on_batches))
 
     @property
     def watches_batches(self) -> bool:
-        """Whether some callback wants to be called at batches."""
+        """Whether some callback needs to be called at every batch, and not just now and then."""
+        return self._watches_batches
+
+    @property
+    def has_batch_hooks(self) -> bool:
+        """Whether some callback is called at batches at all."""
         return bool(self._on_batches)
 
     def batch_begin(self, batch: int) -> None:
@@ -83,10 +89,10 @@ class Hooks:
             epoch: its number.
             logs: all names of the run; what callbacks add to it others see.
             missing: names that have no value this time (NaN in `logs`): an average that has not begun, an epoch
-                without validation. A callback that monitors something does not get these.
+                without validation. Only callbacks that write a table with fixed columns get these.
         """
         for callback in self._callbacks:
-            if not isinstance(getattr(callback, "monitor", None), str):
+            if isinstance(callback, _FIXED_COLUMNS):
                 callback.on_epoch_end(epoch, logs=logs)
                 continue
             present = {name: value for name, value in logs.items() if name not in missing}
@@ -131,11 +137,6 @@ def scored_name(name: str, average: str) -> str:
     return f"val_{name}[{average}]"
 
 
-def fill(values: Iterable[str]) -> dict[str, float]:
-    """Returns NaN for each name."""
-    return dict.fromkeys(values, math.nan)
-
-
 def _scores_of(average: str, logs: dict[str, Any]) -> dict[str, Any]:
     suffix = f"[{average}]"
     return {name.removesuffix(suffix): value for name, value in logs.items() if name.endswith(suffix)}
@@ -146,6 +147,37 @@ def _average_of(callback: keras.callbacks.Callback) -> tuple[str, str] | None:
     monitor = getattr(callback, "monitor", None)
     match = re.fullmatch(r"(.+)\[(.+)\]", monitor) if isinstance(monitor, str) else None
     return (match[1], match[2]) if match else None
+
+
+def _check(callback: Any, names: Sequence[str]) -> None:
+    kind = type(callback).__name__
+    if not isinstance(callback, keras.callbacks.Callback):
+        raise TypeError(f"Expected callbacks to be keras.callbacks.Callback, got {callback!r}.")
+    of = _average_of(callback)
+    checkpoint = isinstance(callback, keras.callbacks.ModelCheckpoint)
+    if of is not None and callback.monitor not in names:
+        raise ValueError(
+            f"Expected {kind} to monitor a score that there will be, got monitor={callback.monitor!r}. The scores are "
+            f"{', '.join(names)}; averages are scored on validation_data."
+        )
+    if of is not None and checkpoint and callback.save_freq != "epoch":
+        raise ValueError(
+            f"Expected ModelCheckpoint to save at the end of epochs, where the average {of[1]!r} that it monitors is "
+            f"scored, got save_freq={callback.save_freq!r}. Leave save_freq out."
+        )
+    if of is not None and checkpoint and "[" in callback.filepath:
+        raise ValueError(
+            f"Expected a filepath without brackets, got {callback.filepath!r}. A callback that monitors an average "
+            "finds its scores under plain names: write {val_loss:.3f}."
+        )
+
+
+def _can_wait(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback of Keras does nothing at batches, or nothing that every batch is needed for."""
+    kind = type(callback)
+    if kind is keras.callbacks.ModelCheckpoint:
+        return bool(callback.save_freq == "epoch")
+    return kind is keras.callbacks.TerminateOnNaN  # the running loss stays NaN
 
 
 def _overrides(callback: keras.callbacks.Callback, hook: str) -> bool:

@@ -6,8 +6,10 @@ steps, and may hang one function of its own behind every real optimizer update.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import keras
 import tensorflow as tf
@@ -109,12 +111,13 @@ def train_step(
             that update; not after steps that only gather gradients or that loss scaling skipped.
     """
     optimizer, variables = model.optimizer, model.trainable_variables
+    compute_loss = _loss_of(model, training=True)
 
     def step(batch: Any) -> None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         with tf.GradientTape() as tape:
             y_pred = model(x, training=True)
-            value = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+            value = compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
             scaled = optimizer.scale_loss(value)
         before = tf.cast(optimizer.iterations, tf.int64)
         optimizer.apply_gradients(zip(tape.gradient(scaled, variables), variables, strict=True))
@@ -129,15 +132,24 @@ def train_step(
 
 def evaluation_step(model: keras.Model, loss: keras.metrics.Mean) -> Step:
     """Makes the step that evaluates `model`; what it gives is in `loss` and in the model's metrics."""
+    compute_loss = _loss_of(model, training=False)
 
     def step(batch: Any) -> None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
         y_pred = model(x, training=False)
-        value = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
+        value = compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
         loss.update_state(value, sample_weight=_samples(x))
         model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     return step
+
+
+def _loss_of(model: keras.Model, *, training: bool) -> Callable[..., tf.Tensor]:
+    """The model's `compute_loss`; one written for an older Keras does not take `training`."""
+    parameters = inspect.signature(model.compute_loss).parameters.values()
+    if any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters):
+        return partial(model.compute_loss, training=training)
+    return cast(Callable[..., tf.Tensor], model.compute_loss)
 
 
 def _then_true(function: Callable[[tf.Tensor], None], step: tf.Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import operator
@@ -20,11 +19,11 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from streaming_polyak.errors import NonFiniteError, SwapError
-from streaming_polyak.files.storage import Storage
+from streaming_polyak.files.storage import Storage, write_csv
 from streaming_polyak.schedule import SUFFIXES, Average, Members, check_averages
 from streaming_polyak.training.averages import Averages, unchanged
 from streaming_polyak.training.data import Batches, make_batches
-from streaming_polyak.training.hooks import Hooks, fill, scored_name
+from streaming_polyak.training.hooks import Hooks, scored_name
 from streaming_polyak.training.loop import Loop, evaluation_step, train_step
 
 logger = logging.getLogger("streaming_polyak")
@@ -47,14 +46,8 @@ class History(keras.callbacks.History):  # type: ignore[misc]  # Keras has no ty
 
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Writes a CSV file: a column "epoch" (from 0), then one a name; a row an epoch. Replaces a file `path`."""
-
-        def write(temporary: Path) -> None:
-            with temporary.open("w", newline="") as file:
-                rows = csv.writer(file)
-                rows.writerow(["epoch", *self.history])
-                rows.writerows(zip(self.epoch, *self.history.values(), strict=True))
-
-        Storage().commit(Path(path), write, overwrite=True)
+        rows = zip(self.epoch, *self.history.values(), strict=True)
+        write_csv(Path(path), ["epoch", *self.history], rows)
 
 
 class Trainer:
@@ -99,20 +92,22 @@ class Trainer:
                 f"Expected a compiled model, but {model.name!r} is not. Call "
                 "model.compile(optimizer=..., loss=..., metrics=[...]) first."
             )
-        if type(model).train_step is not keras.Model.train_step:
-            raise ValueError(
-                f"Expected a model that is trained by its loss, but {type(model).__name__} overrides train_step, which "
-                "this loop would not call. Override compute_loss or call add_loss instead."
-            )
-        if not isinstance(seed, int) or seed < 0:
+        for step in ("train_step", "test_step"):
+            if getattr(type(model), step) is not getattr(keras.Model, step):
+                raise ValueError(
+                    f"Expected a model that is trained by its loss, but {type(model).__name__} overrides {step}, which "
+                    "this loop would not call. Override compute_loss or compute_metrics, or call add_loss instead."
+                )
+        if not isinstance(seed, (int, np.integer)) or seed < 0:
             raise ValueError(f"Expected seed as an int >= 0, got seed={seed!r}.")
         if members is not None and not isinstance(members, Members):
             raise TypeError(f"Expected members as Members(folder, start=...), got {members!r}.")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f'Expected on_nonfinite="raise" or "skip", got on_nonfinite={on_nonfinite!r}.')
         self.model = model
+        self.history: History | None = None
         self.averages = check_averages(averages or {})
-        self.seed = seed
+        self.seed = int(seed)
         self.members = members
         self._on_nonfinite = on_nonfinite
         self._storage = Storage()
@@ -120,6 +115,7 @@ class Trainer:
         self._state: Averages | None = None
         self._loss = keras.metrics.Mean(name="loss")
         self._made_for: list[Any] = []
+        self._steps_a_call = 1
         self._train_loop: Loop
         self._evaluation_loop: Loop
 
@@ -130,9 +126,9 @@ class Trainer:
 
     def count(self, name: str) -> int:
         """Returns n, the number of members in the average `name`; 0 before it has begun."""
-        if self._state is None and name in self.averages:
-            return 0
-        return self._built_averages().count(name)
+        if name not in self.averages:
+            raise ValueError(f"Expected an average of {list(self.averages)}, got {name!r}.")
+        return 0 if self._state is None else self._state.count(name)
 
     def fit(
         self,
@@ -173,8 +169,9 @@ class Trainer:
             progress: show a bar over the epochs, if the error output is a terminal.
 
         Returns:
-            The history. `history.history` has a list with one value an epoch for each of "loss" and the metrics, with
-            "val_" before it for the raw weights, and "val_...[NAME]" for the average NAME; NaN where there is none.
+            The history; `trainer.history` has it too, as far as it came if `fit` raises. `history.history` has a list
+            with one value an epoch for each of "loss" and the metrics, with "val_" before it for the raw weights, and
+            "val_...[NAME]" for the average NAME; NaN where there is none.
 
         Raises:
             NonFiniteError: a weight became NaN or infinite; the averages are as they were before.
@@ -183,7 +180,7 @@ class Trainer:
             ValueError: arguments that do not go together, or data that does not fit.
         """
         self._refuse_inside("fit")
-        if not 0 <= initial_epoch < epochs:
+        if not (isinstance(epochs, int) and isinstance(initial_epoch, int) and 0 <= initial_epoch < epochs):
             raise ValueError(
                 f"Expected 0 <= initial_epoch < epochs, got initial_epoch={initial_epoch}, epochs={epochs}."
             )
@@ -195,10 +192,14 @@ class Trainer:
         self._build(batches)
         averages = self._built_averages()
 
-        history = History()
+        history = self.history = self.model.history = History()
         callbacks = [callbacks] if isinstance(callbacks, keras.callbacks.Callback) else list(callbacks or [])
         params = {"epochs": epochs, "steps": batches.steps, "verbose": 0}
-        hooks = Hooks([*callbacks, history], self.model, averages, self.averages, params)
+        trained = list(self._results())
+        scored = [] if validation is None else [f"val_{name}" for name in trained]
+        if validation is not None:
+            scored += [scored_name(name, average) for average in self.averages for name in trained]
+        hooks = Hooks([*callbacks, history], self.model, averages, [*trained, *scored], params)
         self.model.stop_training = False
         logs: dict[str, Any] = {}
         hooks.call("on_train_begin")
@@ -218,16 +219,13 @@ class Trainer:
                 if complete:
                     self._average(epoch)
                     self._keep(epoch)
-                scores, missing = {}, set()
-                if validation is not None:
-                    names = [*(f"val_{name}" for name in logs)]
-                    names += [scored_name(name, average) for average in self.averages for name in logs]
-                    if validates(epoch):
-                        hooks.call("on_test_begin")
-                        scores = self._validate(validation)
-                        hooks.call("on_test_end", {name: scores[f"val_{name}"] for name in logs})
-                    missing = set(names) - set(scores)
-                    logs |= fill(names) | scores
+                scores: dict[str, Any] = {}
+                if validation is not None and validates(epoch):
+                    hooks.call("on_test_begin")
+                    scores = self._validate(validation)
+                    hooks.call("on_test_end", {name: scores[f"val_{name}"] for name in logs})
+                missing = set(scored) - set(scores)
+                logs |= dict.fromkeys(scored, math.nan) | scores
                 hooks.epoch_end(epoch, logs, missing)
                 bar.update()
                 bar.set_postfix_str(_postfix(logs, missing))
@@ -286,7 +284,8 @@ class Trainer:
         Killed at any moment, there is under `path` what was there before or the whole new file.
 
         Args:
-            path: ".keras" (the whole model), ".weights.h5" (weights) or ".h5" (Keras' legacy format).
+            path: ".keras" (the whole model), ".weights.h5" (weights and optimizer) or ".h5" (Keras' legacy format; not
+                for bfloat16, and of a subclassed model only `load_weights` can read it).
             average: name of the average; `None` for the weights that the model holds.
             overwrite: whether to replace an existing file, as Keras does.
 
@@ -310,26 +309,27 @@ class Trainer:
     def _train_epoch(self, batches: Batches, epoch: int, hooks: Hooks, bar: tqdm[Any]) -> bool:
         """Makes the steps of one epoch; returns whether none were left out."""
         self._reset()
-        feed, done, steps = batches.epoch(epoch), 0, 1
+        feed, done = batches.epoch(epoch), 0
         while feed.more() and not self.model.stop_training:
-            if hooks.watches_batches:
-                steps = self.model.steps_per_execution
-                hooks.batch_begin(done)
+            steps = self.model.steps_per_execution if hooks.watches_batches else self._steps_a_call
+            hooks.batch_begin(done)
             started = time.perf_counter()
             made = self._train_loop(feed, steps)
             seconds = time.perf_counter() - started
             done += made
-            if hooks.watches_batches and made:
+            if hooks.has_batch_hooks and made:
                 hooks.batch_end(done - 1, self._results())
-            elif made == steps:
-                # Twice as many at the most, so that one slow call does not lead to a very long one.
-                steps = max(1, min(2 * steps, int(steps * _CALL_SECONDS / max(seconds, 1e-9))))
-            self._report(self._built_averages().check_steps)
+            if made == self._steps_a_call:
+                # Twice as many at the most, so that one quick call does not lead to a very long one.
+                self._steps_a_call = max(1, min(2 * steps, int(steps * _CALL_SECONDS / max(seconds, 1e-9))))
+            if self._on_nonfinite == "raise":
+                self._report(self._built_averages().check_steps)
             bar.set_description(f"step {done}/{batches.steps or '?'}", refresh=False)
+        self._report(self._built_averages().check_steps)
         return not feed.more()
 
     def _average(self, epoch: int) -> None:
-        step = int(self.model.optimizer.iterations)
+        step = int(self.model.optimizer.iterations) - 1  # the last one, counted from 0
         self._report(lambda: self._built_averages().update_epoch(epoch, step))
 
     def _report(self, check: Any) -> None:
@@ -382,13 +382,21 @@ class Trainer:
         self._loss.reset_state()
 
     def _results(self) -> dict[str, Any]:
-        results = {"loss": self._loss.result()} | {
-            name: value for name, value in self.model.get_metrics_result().items() if name != "loss"
-        }
+        results = {"loss": self._loss.result()}
+        for name, value in self.model.get_metrics_result().items():
+            if isinstance(value, dict):  # a metric with several results
+                results |= value
+            elif name != "loss":
+                results[name] = value
         return {name: _plain(value) for name, value in results.items()}
 
     def _save(self, path: Path, overwrite: bool) -> None:
         weights_only = path.name.endswith(".weights.h5")
+        if path.name.endswith(".h5") and not weights_only and any(v.dtype == "bfloat16" for v in self.model.variables):
+            raise ValueError(
+                f"Expected a suffix that can hold bfloat16, got {str(path)!r}. Keras' legacy format cannot; use .keras "
+                "or .weights.h5."
+            )
         save = self.model.save_weights if weights_only else self.model.save
         self._storage.commit(path, save, overwrite=overwrite)
 
@@ -404,8 +412,9 @@ class Trainer:
             model.optimizer.build(model.trainable_variables)
         if self._state is None:
             self._state = Averages(model, self.averages, self._on_nonfinite)
-        # Compiled anew or with other trainable weights, a model has other objects here.
-        made_for = [model.optimizer, *model.metrics, *model.trainable_variables]
+        self._state.check_model(model)
+        # Compiled anew or with other trainable weights, a model has other objects here; its first metric is the loss's.
+        made_for = [model.optimizer, *model.metrics[:1], *model.trainable_variables]
         if len(made_for) == len(self._made_for) and all(map(operator.is_, made_for, self._made_for)):
             return
         _make_metrics(model, specs)
@@ -413,6 +422,7 @@ class Trainer:
         self._train_loop = Loop(train_step(model, self._loss, self._state.step_update), **options)
         self._evaluation_loop = Loop(evaluation_step(model, self._loss), **options)
         self._made_for = made_for
+        self._steps_a_call = 1
 
     def _built_averages(self) -> Averages:
         if self._state is None:
@@ -430,7 +440,8 @@ class Trainer:
 def _call_symbolically(model: keras.Model, specs: Any) -> Any:
     """Calls the model on the shapes of a batch, which makes its variables; returns the shapes of its output."""
     x = keras.utils.unpack_x_y_sample_weight(specs)[0]
-    return model(keras.tree.map_structure(lambda spec: keras.KerasTensor(spec.shape, spec.dtype.name), x))
+    inputs = keras.tree.map_structure(lambda spec: keras.KerasTensor(spec.shape, spec.dtype.name), x)
+    return model(inputs, training=False)
 
 
 def _make_metrics(model: keras.Model, specs: Any) -> None:
@@ -447,16 +458,19 @@ def _make_metrics(model: keras.Model, specs: Any) -> None:
 
 
 def _validation_batches(data: Any, batch_size: int | None) -> Batches:
-    if isinstance(data, tuple):
+    if isinstance(data, (tuple, list)):
+        data = tuple(data)
         return make_batches(*keras.utils.unpack_x_y_sample_weight(data), batch_size=batch_size)
     return make_batches(data)
 
 
 def _predicate(validation_freq: int | Sequence[int]) -> Any:
-    if isinstance(validation_freq, int):
+    if isinstance(validation_freq, (int, np.integer)):
         if validation_freq < 1:
             raise ValueError(f"Expected validation_freq >= 1, got validation_freq={validation_freq}.")
         return lambda epoch: (epoch + 1) % validation_freq == 0
+    if not isinstance(validation_freq, (list, tuple, set, range)):
+        raise TypeError(f"Expected validation_freq as an int or a list of epochs, got {validation_freq!r}.")
     return lambda epoch: epoch + 1 in validation_freq
 
 
