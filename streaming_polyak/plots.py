@@ -104,7 +104,7 @@ def last_n(
     """
     figure, (axis,) = _figure(1, title, width=6.4, height=4.4)
     n = np.arange(1, len(singles) + 1)
-    axis.plot(n, singles, "o", color="0.55", markersize=6, label="single: n-th newest member")
+    axis.plot(n, singles, "o", color="0.6", markersize=9, label="single: n-th newest member")
     for (name, values), style in zip(averages.items(), _STYLES, strict=False):
         axis.plot(n, values, label=f"average of the last n: {name}", linewidth=1.5, markersize=4.5, **style)
     axis.set(xlabel="n, counted from the newest member", ylabel=score)

@@ -47,7 +47,7 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
     model = Bag()
     weightings = {"mean": MEAN, "linear": LINEAR, "exponential": Exponential(decay=0.999)}
     averages = Averages(model, {name: Average(weighting, unit=unit) for name, weighting in weightings.items()})
-    compiled = tf.function(averages.step_update) if unit == "step" else None
+    compiled = tf.function(averages.step_update, autograph=False) if unit == "step" else None
     number = 0
 
     def update() -> float:

@@ -216,7 +216,8 @@ def _verdict(raw: Score, singles: Sequence[Score], saved: Mapping[str, Sequence[
         than_single = best.test_accuracy - max(accuracies)
         beats = f"{than_single:+.3f} against" if than_single > 0 else "no better than"
         lines.append(
-            f"The best average, {best.weighting} of the last {best.n}, reaches {best.test_accuracy:.3f}: "
+            f"The best average (picked on the test rows, which flatters it), {best.weighting} of the last {best.n}, "
+            f"reaches {best.test_accuracy:.3f}: "
             f"{beats} the best single model, {best.test_accuracy - raw.test_accuracy:+.3f} against the last one."
         )
         if abs(than_single) < 0.01:

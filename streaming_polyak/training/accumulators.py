@@ -116,8 +116,8 @@ class GraphAccumulators:
 
     The k averages of a variable are one tensor with k as its last, fastest axis: one XLA loop then reads each weight
     once for all of them (1e8 parameters, three averages: 1.75 copies of the model; as three tensors 2.3). The loop is
-    compiled once for each shape and called for each variable, inside the graph (1,000 tensors: 2 s to build and 15 ms
-    a call; one function over all of them 5 s and 18 ms, without XLA 7 s and 116 ms).
+    compiled once for each shape and called for each variable, inside the graph (that alone, 1,000 tensors: 2 s to
+    build and 15 ms a call; one function over all of them 5 s and 18 ms, without XLA 7 s and 116 ms).
 
     Args:
         averages: with `unit="step"`, by name.
@@ -186,11 +186,9 @@ class GraphAccumulators:
 
     def _checked(self, step: tf.Tensor, due: tf.Tensor) -> tf.Tensor:
         weights = [self._variables[path].value.read_value() for path in self._floats]
-        limits = [
-            tf.constant(largest(self._variables[path]), w.dtype) for path, w in zip(self._floats, weights, strict=True)
-        ]
+        limits = {v.dtype: tf.constant(largest(v), v.dtype) for v in map(self._variables.__getitem__, self._floats)}
         # NaN is not below anything.
-        finite = tf.stack([tf.reduce_all(tf.abs(w) <= limit) for w, limit in zip(weights, limits, strict=True)])
+        finite = tf.stack([tf.reduce_all(tf.abs(w) <= limits[w.dtype.name]) for w in weights])
 
         def accept() -> bool:
             n = self._n + tf.cast(due, tf.int64)
@@ -244,9 +242,8 @@ def _can_be_averaged(w: Array, limit: float) -> bool:
 def _move(targets: list[tuple[Array, float]], w: Array, buffer: Array) -> None:
     """Does m += c * (w - m) for each (m, c), block by block, each block of `w` read and converted once."""
     dtype = targets[0][0].dtype
-    difference_of, converted_of = buffer.view(dtype)[:_BLOCK], np.empty(0, dtype)
-    if w.dtype != dtype:
-        converted_of = np.empty(min(_BLOCK, w.size), dtype)
+    difference_of = buffer.view(dtype)
+    converted_of = np.empty(0 if w.dtype == dtype else min(_BLOCK, w.size), dtype)
     flat = w.reshape(-1)
     flats = [(m.reshape(-1), dtype.type(c)) for m, c in targets]
     for lo in range(0, flat.size, _BLOCK):

@@ -453,7 +453,9 @@ def _make_metrics(model: keras.Model, specs: Any) -> None:
         lambda t: tf.zeros([1 if size is None else size for size in t.shape], t.dtype),
     )
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(zeros(specs))
-    model.compute_metrics(x, y, zeros(_call_symbolically(model, specs)), sample_weight=sample_weight)
+    y_pred = zeros(_call_symbolically(model, specs))
+    model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)  # has metrics where there are many outputs
+    model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
     model.reset_metrics()
 
 

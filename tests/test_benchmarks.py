@@ -1,0 +1,28 @@
+"""The benchmark scripts run and print what they promise; sizes are small and nothing is timed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts" / "benchmarks"
+
+pytestmark = [pytest.mark.tensorflow, pytest.mark.slow]
+
+
+def test_an_update_at_the_end_of_an_epoch_needs_little_passing_memory_and_leaves_none_behind():
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "update_memory.py", "--case", "3e7x30", "--unit", "epoch", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (row,) = json.loads(done.stdout)
+    model = 3e7 * 4 / 2**20
+    assert row["before_mib"] > 4 * model  # the weights and three averages are there
+    assert row["samples"] >= 3
+    for update in ("first_", ""):
+        assert row[f"{update}passing_mib"] <= 64  # the bound that is promised
+        assert row[f"{update}after_mib"] - row[f"{update}before_mib"] <= 8  # Python's own, not a tensor of 4 MB x 30
