@@ -467,7 +467,7 @@ def test_models_written_for_an_older_keras_train_as_in_keras():
         def call(self, x, training):
             return self.dense(x) + (0.0 if training else 1.0)
 
-        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        def compute_loss(self, x, y, y_pred, sample_weight):
             return tf.reduce_mean(tf.square(y - y_pred)) * 3.0
 
     def build():
@@ -589,6 +589,11 @@ def test_wrong_options_are_refused(options, error, message):
         ({"x": X[:0], "y": Y[:0]}, ValueError, r"at least one, got lengths \[0, 0\]"),
         ({"x": (i for i in range(3))}, TypeError, "as arrays .* got generator"),
         ({"x": 3, "y": 4}, TypeError, "as arrays .* got int"),
+        (
+            {"x": X},
+            ValueError,
+            "Expected targets y, as 'sequential.*' is compiled with loss='categorical_crossentropy'",
+        ),
         ({"x": X, "sample_weight": Y}, ValueError, "y together with sample_weight"),
         ({"x": X, "y": Y, "batch_size": 0}, ValueError, "batch_size as a whole number >= 1, got batch_size=0"),
         ({"x": X, "y": Y, "epochs": 0}, ValueError, "initial_epoch < epochs, got initial_epoch=0, epochs=0"),

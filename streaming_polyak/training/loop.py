@@ -111,7 +111,7 @@ def train_step(
             that update; not after steps that only gather gradients or that loss scaling skipped.
     """
     optimizer, variables = model.optimizer, model.trainable_variables
-    compute_loss = _loss_of(model, training=True)
+    compute_loss = loss_of(model, training=True)
 
     def step(batch: Any) -> None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
@@ -132,7 +132,7 @@ def train_step(
 
 def evaluation_step(model: keras.Model, loss: keras.metrics.Mean) -> Step:
     """Makes the step that evaluates `model`; what it gives is in `loss` and in the model's metrics."""
-    compute_loss = _loss_of(model, training=False)
+    compute_loss = loss_of(model, training=False)
 
     def step(batch: Any) -> None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
@@ -144,8 +144,8 @@ def evaluation_step(model: keras.Model, loss: keras.metrics.Mean) -> Step:
     return step
 
 
-def _loss_of(model: keras.Model, *, training: bool) -> Callable[..., tf.Tensor]:
-    """The model's `compute_loss`; one written for an older Keras does not take `training`."""
+def loss_of(model: keras.Model, *, training: bool) -> Callable[..., tf.Tensor]:
+    """Returns the model's `compute_loss` for training or not; one written for an older Keras does not take that."""
     parameters = inspect.signature(model.compute_loss).parameters.values()
     if any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters):
         return partial(model.compute_loss, training=training)

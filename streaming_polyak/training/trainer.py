@@ -24,7 +24,7 @@ from streaming_polyak.schedule import SUFFIXES, Average, Members, check_averages
 from streaming_polyak.training.averages import Averages, unchanged
 from streaming_polyak.training.data import Batches, make_batches
 from streaming_polyak.training.hooks import Hooks, scored_name
-from streaming_polyak.training.loop import Loop, evaluation_step, train_step
+from streaming_polyak.training.loop import Loop, evaluation_step, loss_of, train_step
 
 logger = logging.getLogger("streaming_polyak")
 
@@ -406,6 +406,8 @@ class Trainer:
         specs = batches.specs()
         if not model.built:
             _call_symbolically(model, specs)
+        if model.loss is not None and keras.utils.unpack_x_y_sample_weight(specs)[1] is None:
+            raise ValueError(f"Expected targets y, as {model.name!r} is compiled with loss={model.loss!r}, got none.")
         if not model.trainable_variables:
             raise ValueError(f"Expected a model with trainable weights, but {model.name!r} has none.")
         if not model.optimizer.built:
@@ -454,7 +456,8 @@ def _make_metrics(model: keras.Model, specs: Any) -> None:
     )
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(zeros(specs))
     y_pred = zeros(_call_symbolically(model, specs))
-    model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)  # has metrics where there are many outputs
+    # With several outputs the loss has metrics too.
+    loss_of(model, training=False)(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
     model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
     model.reset_metrics()
 
