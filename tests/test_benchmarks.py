@@ -12,6 +12,19 @@ SCRIPTS = Path(__file__).parent.parent / "scripts" / "benchmarks"
 pytestmark = [pytest.mark.tensorflow, pytest.mark.slow]
 
 
+def test_the_benchmark_of_the_loop_compares_with_keras():
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "train_loop.py", "--repeats", "1", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = json.loads(done.stdout)
+    assert [row["steps"] for row in rows] == [2000] * 4 + [3125] * 4
+    assert rows[0]["way"] == "Keras fit"
+    assert rows[0]["times_keras"] == 1.0
+
+
 def test_an_update_at_the_end_of_an_epoch_needs_little_passing_memory_and_leaves_none_behind():
     done = subprocess.run(
         [sys.executable, SCRIPTS / "update_memory.py", "--case", "3e7x30", "--unit", "epoch", "--json"],

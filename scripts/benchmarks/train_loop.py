@@ -73,8 +73,8 @@ def main(repeats: int, as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=1))
         return
     click.echo(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, TensorFlow {tf.__version__}, "
-        f"Keras {keras.__version__}; median of {repeats}\n"
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"TensorFlow {tf.__version__}, Keras {keras.__version__}; median of {repeats}\n"
     )
     click.echo(
         tabulate(
