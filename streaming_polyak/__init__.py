@@ -12,7 +12,8 @@ from streaming_polyak.schedule import Average, Members
 from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Polynomial, Weighting, parse_weighting
 
 if TYPE_CHECKING:
-    from streaming_polyak.training.trainer import History, Trainer
+    from streaming_polyak.training.history import History
+    from streaming_polyak.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ __all__ = [
     "parse_weighting",
 ]
 
-_LAZY = {"History": "streaming_polyak.training.trainer", "Trainer": "streaming_polyak.training.trainer"}
+_LAZY = {"History": "streaming_polyak.training.history", "Trainer": "streaming_polyak.training.trainer"}
 
 
 def __getattr__(name: str) -> Any:

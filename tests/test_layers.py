@@ -74,7 +74,7 @@ def test_only_training_and_demos_import_tensorflow_and_keras(module):
 
 def test_the_rule_sees_what_it_should():
     assert "tensorflow" in set(imports(MODULES["streaming_polyak.training.loop"]))
-    assert "streaming_polyak.files.storage" in set(imports(MODULES["streaming_polyak.training.trainer"]))
+    assert "streaming_polyak.files.storage" in set(imports(MODULES["streaming_polyak.training.saving"]))
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -7,7 +7,7 @@ import math
 import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -19,35 +19,18 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from streaming_polyak.errors import NonFiniteError, SwapError
-from streaming_polyak.files.storage import Storage, write_csv
-from streaming_polyak.schedule import SUFFIXES, Average, Members, check_averages
+from streaming_polyak.schedule import Average, Members, check_averages
 from streaming_polyak.training.averages import Averages, unchanged
 from streaming_polyak.training.data import Batches, make_batches
+from streaming_polyak.training.history import History
 from streaming_polyak.training.hooks import Hooks, scored_name
 from streaming_polyak.training.loop import Loop, evaluation_step, loss_of, train_step
+from streaming_polyak.training.saving import MemberFiles, save
 
 logger = logging.getLogger("streaming_polyak")
 
 _CALL_SECONDS = 0.5  # of compiled steps between two looks at the clock, the bar and Ctrl-C
 _EVALUATION_STEPS = 128  # in one call, without a look at the clock
-
-
-class History(keras.callbacks.History):  # type: ignore[misc]  # Keras has no types
-    """Keras' history with lists of equal length: NaN where there was no value in an epoch."""
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Adds the values of an epoch."""
-        logs = logs or {}
-        for name in logs:
-            self.history.setdefault(name, [math.nan] * len(self.epoch))
-        self.epoch.append(epoch)
-        for name, values in self.history.items():
-            values.append(logs.get(name, math.nan))
-
-    def to_csv(self, path: str | PathLike[str]) -> None:
-        """Writes a CSV file: a column "epoch" (from 0), then one a name; a row an epoch. Replaces a file `path`."""
-        rows = zip(self.epoch, *self.history.values(), strict=True)
-        write_csv(Path(path), ["epoch", *self.history], rows)
 
 
 class Trainer:
@@ -110,8 +93,7 @@ class Trainer:
         self.seed = int(seed)
         self.members = members
         self._on_nonfinite = on_nonfinite
-        self._storage = Storage()
-        self._kept: list[Path] = []
+        self._member_files = MemberFiles(members)
         self._state: Averages | None = None
         self._loss = keras.metrics.Mean(name="loss")
         self._made_for: list[Any] = []
@@ -122,7 +104,7 @@ class Trainer:
     @property
     def member_paths(self) -> list[Path]:
         """The files of members kept so far and still there, oldest first."""
-        return list(self._kept)
+        return self._member_files.paths
 
     def count(self, name: str) -> int:
         """Returns n, the number of members in the average `name`; 0 before it has begun."""
@@ -188,7 +170,7 @@ class Trainer:
         batches = make_batches(x, y, sample_weight, batch_size=batch_size, seed=seed, steps=steps_per_epoch)
         validation = None if validation_data is None else _validation_batches(validation_data, batch_size)
         validates = _predicate(validation_freq)
-        self._refuse_members_in_the_way(range(initial_epoch, epochs))
+        self._member_files.check(range(initial_epoch, epochs))
         self._build(batches)
         averages = self._built_averages()
 
@@ -218,7 +200,7 @@ class Trainer:
                 batches.end_epoch()
                 if complete:
                     self._average(epoch)
-                    self._keep(epoch)
+                    self._member_files.keep(self.model, epoch)
                 scores: dict[str, Any] = {}
                 if validation is not None and validates(epoch):
                     hooks.call("on_test_begin")
@@ -262,9 +244,7 @@ class Trainer:
         """
         batches = make_batches(x, y, sample_weight, batch_size=batch_size)
         self._build(batches)
-        if average is None:
-            return self._evaluate(batches)
-        with self.averaged(average):
+        with nullcontext() if average is None else self.averaged(average):
             return self._evaluate(batches)
 
     def averaged(self, name: str) -> AbstractContextManager[None]:
@@ -297,13 +277,8 @@ class Trainer:
             FileExistsError: the file exists and `overwrite` is false.
         """
         path = Path(path)
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"Expected a path that ends in {', '.join(SUFFIXES)}; got {str(path)!r}.")
-        if average is None:
-            self._save(path, overwrite)
-        else:
-            with self.averaged(average):
-                self._save(path, overwrite)
+        with nullcontext() if average is None else self.averaged(average):
+            save(self.model, path, overwrite=overwrite)
         return path
 
     def _train_epoch(self, batches: Batches, epoch: int, hooks: Hooks, bar: tqdm[Any]) -> bool:
@@ -341,26 +316,6 @@ class Trainer:
                 raise
             logger.warning("%s", error)
 
-    def _keep(self, epoch: int) -> None:
-        members = self.members
-        if members is None or not members.due(epoch):
-            return
-        path = members.path(epoch)
-        self._save(path, members.overwrite)
-        self._kept = [kept for kept in self._kept if kept != path] + [path]
-        while members.newest is not None and len(self._kept) > members.newest:
-            self._storage.remove(self._kept.pop(0))
-
-    def _refuse_members_in_the_way(self, epochs: range) -> None:
-        if self.members is None or self.members.overwrite:
-            return
-        for path in (self.members.path(epoch) for epoch in epochs if self.members.due(epoch)):
-            if path.exists():
-                raise FileExistsError(
-                    f"{path} exists already, and would be a member of this run. Choose another folder, or pass "
-                    "Members(..., overwrite=True) to replace it."
-                )
-
     def _validate(self, batches: Batches) -> dict[str, Any]:
         scores = {f"val_{name}": value for name, value in self._evaluate(batches).items()}
         for average in self._built_averages().begun():
@@ -389,16 +344,6 @@ class Trainer:
             elif name != "loss":
                 results[name] = value
         return {name: _plain(value) for name, value in results.items()}
-
-    def _save(self, path: Path, overwrite: bool) -> None:
-        weights_only = path.name.endswith(".weights.h5")
-        if path.name.endswith(".h5") and not weights_only and any(v.dtype == "bfloat16" for v in self.model.variables):
-            raise ValueError(
-                f"Expected a suffix that can hold bfloat16, got {str(path)!r}. Keras' legacy format cannot; use .keras "
-                "or .weights.h5."
-            )
-        save = self.model.save_weights if weights_only else self.model.save
-        self._storage.commit(path, save, overwrite=overwrite)
 
     def _build(self, batches: Batches) -> None:
         """Makes what does not exist yet: variables of model, optimizer, metrics and averages, the compiled loops."""
