@@ -29,7 +29,7 @@ class Storage:
 
         Raises:
             FileExistsError: `path` exists and `overwrite` is false; also if it appeared meanwhile.
-            OSError: the disk refused; `path` is as it was.
+            OSError: the disk refused; it names `path`, which is as it was.
         """
         if not overwrite and path.exists():
             raise _in_the_way(path)
@@ -42,6 +42,10 @@ class Storage:
                 os.replace(temporary, path)
             else:
                 self._rename_without_replacing(temporary, path)
+        except OSError as error:
+            if error.errno is not None and error.filename is None:  # such as a full disk
+                error.filename = str(path)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         self._sync(path.parent)
