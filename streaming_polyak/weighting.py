@@ -100,11 +100,29 @@ class Weighting(abc.ABC):
         Raises:
             ValueError: `n` is not a whole number from 1 on.
         """
+        raw = self.raw_weights(n)
+        weights: Float64Array = raw / raw.sum()
+        return weights
+
+    def raw_weights(self, n: int) -> Float64Array:
+        """Returns the raw weights a_1, ..., a_n up to a common factor, so that an exact average can be made of them.
+
+        Args:
+            n: number of members, at least 1.
+
+        Returns:
+            float64 array of shape (n,), oldest member first, > 0: whole numbers (exact) for a whole `Polynomial` as
+            long as they are below 2^53; else relative to the newest member, whose weight is 1.
+
+        Raises:
+            ValueError: `n` is not a whole number from 1 on.
+        """
         if not isinstance(n, (int, np.integer)) or n < 1:
             raise ValueError(f"Expected the number of members as a whole number from 1 on, got n={n!r}.")
-        relative = np.concatenate([[1.0], np.cumprod(self._ratios(int(n)))])[::-1]  # newest is 1: no overflow
-        weights: Float64Array = relative / relative.sum()
-        return weights
+        return self._raw_weights(int(n))
+
+    def _raw_weights(self, n: int) -> Float64Array:
+        return np.concatenate([[1.0], np.cumprod(self._ratios(n))])[::-1]  # newest is 1: no overflow
 
     @abc.abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -158,6 +176,12 @@ class Polynomial(Weighting):
         k = np.arange(n - 1, 0, -1, dtype=np.float64)
         ratios: Float64Array = k / (k + self.power)
         return ratios
+
+    def _raw_weights(self, n: int) -> Float64Array:
+        power = int(self.power)
+        if power == self.power and math.comb(n + power - 1, power) < 2**53:
+            return np.array([math.comb(k + power - 1, power) for k in range(1, n + 1)], dtype=np.float64)
+        return super()._raw_weights(n)
 
     def __str__(self) -> str:
         if self.power in (0, 1):
