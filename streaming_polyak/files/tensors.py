@@ -1,0 +1,475 @@
+"""What a checkpoint holds: a table of named tensors, validated from metadata alone, then read in place by byte ranges.
+
+A `TensorTable` says for each tensor its dtype, shape and where its bytes stand: (file, offset, nbytes). Making one
+reads no tensor data; `validate` refuses whatever points outside of its file or overlaps. Data are then read with
+`pread` into buffers of the caller, not through a mapping: a mapped file that somebody truncates kills the process with
+SIGBUS, a read that comes back short is an error with a name. `Source.check_unchanged` afterwards tells whether anybody
+wrote to the file meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import stat
+import tempfile
+import time
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming_polyak.errors import CheckpointError
+
+PROVENANCE = "streaming_polyak"
+
+MAX_RANK = 32
+MAX_TENSORS = 100_000
+_MAX_NAME_BYTES = 1024
+_MAX_BYTES = 2**63 - 1  # what a file offset holds
+_MAX_HOLLOW = 8  # a slot of an optimizer has up to eight bytes where its weight has one
+_TICK_NS = 10_000_000  # file times may be as coarse as this
+_COPY_BYTES = 1 << 20
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    **{name: np.dtype(name) for name in ("float16", "float32", "float64", "bool")},
+    **{f"{sign}int{bits}": np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class Source:
+    """One regular file, opened for reading only, of which ranges are read; perhaps unpacked into a temporary file.
+
+    Args:
+        path: the file; links to it are followed before it is opened.
+
+    Raises:
+        CheckpointError: no such file, or none that can be read in place (a folder, a pipe, a device).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._resolved = Path(os.path.realpath(path))
+        except ValueError as error:  # a NUL character, or half of a surrogate pair
+            raise CheckpointError("unreadable", path, f"no file can have this name: {error}.") from None
+        self._fd: int | None = None
+        self.unpacked: IO[bytes] | None = None
+        fd = self._open()
+        try:
+            status = os.fstat(fd)
+            age = time.time_ns() - status.st_ctime_ns
+            if 0 <= age < _TICK_NS:  # a write in the same tick of the clock could not be told apart later
+                time.sleep((_TICK_NS - age) / 1e9)
+                status = os.fstat(fd)
+            self.identity = _identity(status)
+            self.size = status.st_size
+        finally:
+            os.close(fd)
+
+    def keep_open(self) -> None:
+        """Keeps a descriptor, so that many reads cost one opening."""
+        if self._fd is None:
+            self._fd = self._reopen()
+
+    def close(self) -> None:
+        """Gives back the descriptor and what was unpacked."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        if self.unpacked is not None:
+            self.unpacked.close()
+            self.unpacked = None
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` with the bytes of the file from `offset` on.
+
+        Raises:
+            CheckpointError: the file ended before, so somebody truncated it.
+            OSError: the disk refused.
+        """
+        fd = self._fd if self._fd is not None else self._reopen()
+        try:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(fd, [buffer[done:]], offset + done)
+                if count == 0:
+                    raise CheckpointError(
+                        "truncated",
+                        self.path,
+                        f"the file ended at byte {offset + done} while it was read; it had {self.size} bytes before. "
+                        "Do not write to checkpoints while they are averaged.",
+                    )
+                done += count
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
+        finally:
+            if fd != self._fd:
+                os.close(fd)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Returns `count` bytes from `offset` on, which must be in the file; for metadata only."""
+        if offset < 0 or count < 0 or offset + count > self.size:
+            raise CheckpointError(
+                "truncated", self.path, f"bytes {offset} to {offset + count} are wanted, but it has only {self.size}."
+            )
+        buffer = bytearray(count)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def check_unchanged(self) -> None:
+        """Checks that nobody wrote to the file, replaced it or removed it since the table was made.
+
+        Raises:
+            CheckpointError: somebody did; what was read may be mixed.
+        """
+        try:
+            now = _identity(os.stat(self._resolved))
+        except OSError as error:
+            raise CheckpointError("changed", self.path, f"it is gone or unreadable now ({error.strerror}).") from error
+        if now != self.identity:
+            raise CheckpointError(
+                "changed",
+                self.path,
+                "it was written to or replaced while it was read, so its numbers may be mixed. "
+                "Average files that nobody writes to.",
+            )
+
+    def duplicate(self) -> int:
+        """Returns a new descriptor of the same file, for a child process."""
+        return os.dup(self._fd) if self._fd is not None else self._reopen()
+
+    def _open(self) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe without a writer would wait
+        try:
+            fd = os.open(self._resolved, flags)
+        except FileNotFoundError:
+            raise CheckpointError("missing", self.path, "there is no such file.") from None
+        except OSError as error:
+            raise CheckpointError("unreadable", self.path, f"it cannot be opened: {error.strerror}.") from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise CheckpointError("not-a-file", self.path, "it is not a regular file.")
+        return fd
+
+    def _reopen(self) -> int:
+        fd = self._open()
+        if _identity(os.fstat(fd)) != self.identity:
+            os.close(fd)
+            self.check_unchanged()
+            raise CheckpointError("changed", self.path, "it was replaced while it was read.")
+        return fd
+
+
+class UnpackedSource(Source):
+    """The contents of a compressed or compact part of another file, in a temporary file without a name.
+
+    It stands in the folder for temporary files (TMPDIR) and is gone when the process ends, however it ends.
+
+    Args:
+        origin: where the data came from.
+    """
+
+    def __init__(self, origin: Source) -> None:
+        self.path, self.origin, self.size = origin.path, origin, 0
+        self.unpacked = tempfile.TemporaryFile(prefix="streaming_polyak-", buffering=0)  # noqa: SIM115  # lives on
+        self._fd = None
+        self.identity = origin.identity
+
+    def write(self, data: bytes) -> None:
+        """Appends data."""
+        assert self.unpacked is not None
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self.unpacked.fileno(), view, self.size)
+            view, self.size = view[count:], self.size + count
+
+    def keep_open(self) -> None:
+        """Does nothing: a file without a name is open as long as it exists."""
+
+    def check_unchanged(self) -> None:
+        """Checks the file that was unpacked."""
+        self.origin.check_unchanged()
+
+    def duplicate(self) -> int:
+        """Returns a new descriptor of the temporary file."""
+        assert self.unpacked is not None
+        return os.dup(self.unpacked.fileno())
+
+    def _reopen(self) -> int:
+        return self.duplicate()
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where the data of one tensor stand.
+
+    Args:
+        name: unique in its table, such as "layers/dense/vars/0".
+        dtype: a key of `DTYPES`, or "string" (which is only ever copied as it is).
+        shape: of the tensor.
+        offset: of its first byte in its source; `None` if nothing is stored for it (then all of it is `fill`).
+        nbytes: how many bytes.
+        source: number of its source in the table.
+        big_endian: the byte order of the stored data.
+        mapped: whether the bytes are read where the file has them; false for what had to be unpacked first.
+        crc32c: CRC-32C of the bytes, where the format keeps one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int | None
+    nbytes: int
+    source: int = 0
+    big_endian: bool = False
+    mapped: bool = True
+    crc32c: int | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype of the stored data, byte order included."""
+        dtype = DTYPES[self.dtype]
+        return dtype.newbyteorder(">") if self.big_endian else dtype
+
+    def describe(self) -> str:
+        """Returns dtype and shape for messages, as "float32 (3, 4)"."""
+        return f"{self.dtype} {self.shape}"
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """A CRC-32 that a format keeps over a range of a source."""
+
+    source: int
+    start: int
+    size: int
+    crc32: int
+    what: str
+
+
+@dataclass
+class TensorTable:
+    """All tensors of one checkpoint, by name.
+
+    Args:
+        path: the checkpoint as the user named it.
+        format: "keras", "weights.h5", "h5" (Keras' legacy format), "weights.json", "safetensors", "npz",
+            "tf_checkpoint" or "saved_model".
+        sources: the files the data stand in.
+        tensors: by name.
+        checksums: over ranges of the sources.
+        layout: what the module of the format needs to write another file of the same structure.
+        provenance: what an average says of its making, if this is one.
+    """
+
+    path: Path
+    format: str
+    sources: list[Source]
+    tensors: dict[str, Tensor]
+    checksums: tuple[Checksum, ...] = ()
+    layout: Any = None
+    provenance: dict[str, Any] | None = None
+    _names: tuple[str, ...] = field(default=(), repr=False)
+
+    def __enter__(self) -> TensorTable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for source in self.sources:
+            source.close()
+
+    def validate(self) -> TensorTable:
+        """Checks names, dtypes, sizes, and that all data lie in their files without overlapping; returns the table.
+
+        Raises:
+            CheckpointError: something is not so; no data have been read.
+        """
+        if len(self.tensors) > MAX_TENSORS:
+            raise self.refuse("too-many", f"it has {len(self.tensors)} tensors, more than {MAX_TENSORS}.")
+        seen: set[str] = set()
+        ranges: list[tuple[int, int, int, str]] = []
+        for name, tensor in self.tensors.items():
+            self._check_name(name, seen)
+            if tensor.dtype != "string":
+                if tensor.dtype not in DTYPES:
+                    raise self.refuse("dtype", f"its dtype {tensor.dtype} is not one that is averaged or copied.", name)
+                if not is_possible(tensor.shape, DTYPES[tensor.dtype].itemsize):
+                    raise self.refuse("shape", f"its shape {tensor.shape} is impossible.", name)
+                expected = tensor.size * DTYPES[tensor.dtype].itemsize
+                if tensor.nbytes != expected:
+                    raise self.refuse(
+                        "size", f"{tensor.describe()} takes {expected} bytes, but {tensor.nbytes} are stored.", name
+                    )
+            if tensor.offset is None:
+                if not is_optimizer(name, self.format):
+                    raise self.refuse("no-data", "no stored data: it was declared and never written.", name)
+                stored = sum(source.size for source in self.sources)
+                if tensor.nbytes > _MAX_HOLLOW * stored:
+                    raise self.refuse(
+                        "expansion", f"{tensor.nbytes} bytes are declared, none stored, in {stored} bytes in all.", name
+                    )
+                continue
+            end = tensor.offset + tensor.nbytes
+            if tensor.offset < 0 or tensor.nbytes < 0 or end > self.sources[tensor.source].size:
+                raise self.refuse(
+                    "bounds",
+                    f"bytes {tensor.offset} to {end} are outside of the {self.sources[tensor.source].size} bytes there "
+                    "are.",
+                    name,
+                )
+            if tensor.nbytes:
+                ranges.append((tensor.source, tensor.offset, end, name))
+        ranges.sort()
+        for (source, _, end, name), (next_source, start, _, next_name) in itertools.pairwise(ranges):
+            if source == next_source and start < end:
+                raise self.refuse("overlap", f"its data overlap those of {next_name!r}.", name)
+        return self
+
+    def refuse(self, code: str, reason: str, tensor: str | None = None) -> CheckpointError:
+        """Returns the error that refuses this file."""
+        return CheckpointError(code, self.path, reason, tensor=tensor)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Returns one tensor as a new array of shape and dtype of the tensor, native byte order."""
+        tensor = self.tensors[name]
+        dtype = DTYPES[tensor.dtype]
+        if tensor.offset is None:
+            return np.zeros(tensor.shape, dtype)
+        stored = np.empty(tensor.size, tensor.stored_dtype)
+        if tensor.nbytes:
+            self.sources[tensor.source].read_into(stored.view(np.uint8).data, tensor.offset)
+        return stored.astype(dtype, copy=False).reshape(tensor.shape)
+
+    def check_unchanged(self) -> None:
+        """Checks that nobody wrote to any file of the checkpoint since the table was made."""
+        for source in self.sources:
+            source.check_unchanged()
+
+    def _check_name(self, name: str, seen: set[str]) -> None:
+        parts = name.split("/")
+        if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+            raise self.refuse("name", "its name has an empty part, '.', '..' or a NUL character in it.", name)
+        try:
+            encoded = name.encode()
+        except UnicodeEncodeError:
+            raise self.refuse("name", "its name is not valid UTF-8.", name) from None
+        if len(encoded) > _MAX_NAME_BYTES:
+            raise self.refuse("name", f"its name has more than {_MAX_NAME_BYTES} bytes.", name[:60] + "...")
+        normal = unicodedata.normalize("NFC", name)
+        if normal in seen:
+            raise self.refuse("name", "its name stands there twice.", name)
+        seen.add(normal)
+
+
+def is_possible(shape: tuple[int, ...], itemsize: int) -> bool:
+    """Tells whether NumPy can have an array of this shape, empty ones with a huge other dimension left out too."""
+    if len(shape) > MAX_RANK or any(not 0 <= size <= _MAX_BYTES for size in shape):
+        return False
+    return math.prod(size or 1 for size in shape) * itemsize <= _MAX_BYTES
+
+
+def last_unpacked(sources: list[Source], origin: Source) -> UnpackedSource:
+    """Returns the temporary file at the end of `sources`; if there is none, one for what `origin` holds is appended."""
+    last = sources[-1]
+    if not isinstance(last, UnpackedSource):
+        last = UnpackedSource(origin)
+        sources.append(last)
+    return last
+
+
+@contextlib.contextmanager
+def closed_on_error(sources: list[Source]) -> Iterator[None]:
+    """Closes all sources, those that were appended meanwhile too, if the block fails; else they are the table's."""
+    try:
+        yield
+    except BaseException:
+        for source in sources:
+            source.close()
+        raise
+
+
+def is_optimizer(name: str, format: str) -> bool:
+    """Tells whether a tensor belongs to the optimizer, not to the model.
+
+    In TensorFlow's checkpoints Keras 3 keeps a model's trainable weights under "optimizer/_trainable_variables".
+    """
+    parts = name.split("/")
+    if format in ("tf_checkpoint", "saved_model"):
+        if ".OPTIMIZER_SLOT" in parts:
+            return True
+        for part, following in itertools.pairwise(parts):
+            if part in ("optimizer", "_optimizer"):
+                return following != "_trainable_variables"
+        return False
+    return parts[0] in ("optimizer", "optimizer_weights")
+
+
+def read_json(source: Source, data: bytes, what: str) -> Any:
+    """Reads JSON that must have no key twice; `what` is for the message."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise CheckpointError("json", source.path, f"{what} has a key twice.")
+        return found
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError("json", source.path, f"{what} is not valid JSON in UTF-8: {error}.") from None
+
+
+def read_provenance(text: str | bytes | None) -> dict[str, Any] | None:
+    """Returns what an average says of its making; `None` if there is nothing, or nothing readable."""
+    try:
+        said = json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def differences(expected: TensorTable, got: TensorTable, names: Mapping[str, Any]) -> list[str]:
+    """Returns in words, a line a tensor, in what the tensors of two checkpoints differ."""
+    lines = []
+    for name in names:
+        if name not in got.tensors:
+            lines.append(f"  {name}: missing in {got.path}")
+        elif got.tensors[name].describe() != expected.tensors[name].describe():
+            here, there = got.tensors[name].describe(), expected.tensors[name].describe()
+            lines.append(f"  {name}: {here} in {got.path}, {there} in {expected.path}")
+    lines += [
+        f"  {name}: only in {got.path}"
+        for name in got.tensors
+        if name not in expected.tensors and not is_optimizer(name, got.format)
+    ]
+    return lines
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
