@@ -1,0 +1,291 @@
+"""HDF5 files of Keras: `.weights.h5`, the legacy `.h5`, and the one inside a `.keras` archive.
+
+Data sets are contiguous raw numbers at an offset that libhdf5 tells, so they are read in place. The metadata are parsed
+by a child process (`hdf5_child`), and what comes back - names, dtypes, shapes, offsets - is validated here like any
+other table. What is chunked, compressed or compact is unpacked by the child into a temporary file first.
+
+This module also checks what libhdf5 does not: that the file ends where its superblock says, that it was closed
+properly, and that it is no part of a family of files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from streaming_polyak.errors import CheckpointError
+from streaming_polyak.files.tensors import (
+    Source,
+    Tensor,
+    TensorTable,
+    closed_on_error,
+    last_unpacked,
+    read_provenance,
+)
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+TABLE_SECONDS = 10.0
+_START_SECONDS = 60.0
+_EXIT_SECONDS = 5.0
+_MAX_ANSWER_BYTES = 64 << 20
+_UNDEFINED = 0xFFFF_FFFF_FFFF_FFFF
+
+
+@dataclass(frozen=True)
+class Hdf5Part:
+    """Where an HDF5 file stands: from byte `start` of a source on, `size` bytes."""
+
+    source: Source
+    start: int
+    size: int
+
+
+class Parser:
+    """The child process that parses HDF5 metadata; started when first needed, one for a whole job.
+
+    Args:
+        seconds: how long the metadata of one file may take.
+    """
+
+    def __init__(self, seconds: float = TABLE_SECONDS) -> None:
+        self._seconds = seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._socket: socket.socket | None = None
+
+    def __enter__(self) -> Parser:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Starts the process already now, while the caller does something else; anew if it was killed meanwhile."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                return
+            self.close()
+        ours, theirs = socket.socketpair()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+            "HDF5_PLUGIN_PRELOAD": "::",  # no filter plugins, says the HDF5 manual
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", Path(__file__).with_name("hdf5_child.py"), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=environment,
+            )
+        self._socket = ours
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stderr is not None
+            self._process.stderr.close()
+        self._process = self._socket = None
+        self._ready = False
+
+    def ask(self, path: Path, do: str, fds: list[int], seconds: float | None = None, **request: Any) -> dict[str, Any]:
+        """Sends a request and returns the answer.
+
+        Args:
+            path: the file it is about, for messages.
+            do: the kind of request, see `hdf5_child`.
+            fds: descriptors it needs; they stay open here.
+            seconds: how long it may take; `None` for what the metadata of one file may take.
+            **request: the rest of the request.
+
+        Raises:
+            CheckpointError: the file was refused, or the process died of it or took too long.
+        """
+        self.start()
+        assert self._socket is not None
+        limit = self._seconds if seconds is None else seconds
+        data = json.dumps({"do": do, "seconds": limit, **request}).encode()
+        try:
+            self._socket.settimeout(_START_SECONDS)
+            socket.send_fds(self._socket, [struct.pack("<Q", len(data))], fds)
+            self._socket.sendall(data)
+            if not self._ready:  # the file is not to blame for a slow start
+                self._receive(1, time.monotonic() + _START_SECONDS)
+                self._ready = True
+            deadline = time.monotonic() + limit
+            (length,) = struct.unpack("<Q", self._receive(8, deadline))
+            if length > _MAX_ANSWER_BYTES:
+                raise ValueError(f"an answer of {length} bytes")
+            answer: dict[str, Any] = json.loads(self._receive(length, deadline))
+        except TimeoutError:
+            self.close()
+            raise CheckpointError(
+                "too-slow", path, f"libhdf5 did not read it in {limit:g} s; it may be damaged."
+            ) from None
+        except ConnectionError:
+            raise self._died(path) from None
+        except ValueError as error:
+            self.close()
+            raise CheckpointError("crash", path, f"what libhdf5 made of it is nonsense: {error}.") from None
+        except BaseException:  # the answer must not be taken for that to the next request
+            self.close()
+            raise
+        if "refused" in answer:
+            if answer.get("errno"):
+                raise OSError(answer["errno"], os.strerror(answer["errno"]), str(path))
+            code, tensor, reason = answer["refused"]
+            raise CheckpointError(code, path, reason, tensor=tensor)
+        return answer
+
+    def _receive(self, count: int, deadline: float) -> bytes:
+        assert self._socket is not None
+        parts: list[bytes] = []
+        while count:
+            self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
+            part = self._socket.recv(min(count, 1 << 20))
+            if not part:
+                raise ConnectionResetError
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def _died(self, path: Path) -> CheckpointError:
+        assert self._process is not None
+        try:
+            _, output = self._process.communicate(timeout=_EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            _, output = self._process.communicate()
+        status = self._process.returncode
+        self.close()
+        if status < 0:
+            return CheckpointError(
+                "crash", path, f"libhdf5 crashed on it ({signal.Signals(-status).name}) in the process that parses it."
+            )
+        last = output.decode(errors="replace").strip().rpartition("\n")[2]
+        return CheckpointError("crash", path, f"the process that parses HDF5 ended with status {status}: {last}")
+
+
+def open_hdf5(source: Source, parser: Parser) -> TensorTable:
+    """Returns the table of an HDF5 file."""
+    part = Hdf5Part(source, 0, source.size)
+    sources = [source]
+    with closed_on_error(sources):
+        legacy, tensors, provenance = read_part(part, 0, sources, parser)
+        table = TensorTable(
+            source.path, "h5" if legacy else "weights.h5", sources, tensors, layout=part, provenance=provenance
+        )
+        return table.validate()
+
+
+def read_part(
+    part: Hdf5Part, number: int, sources: list[Source], parser: Parser
+) -> tuple[bool, dict[str, Tensor], dict[str, Any] | None]:
+    """Returns (legacy layout, tensors, provenance) of an HDF5 file that stands in source `number` of `sources`.
+
+    What has to be unpacked goes to a temporary file, which is appended to `sources`.
+    """
+    begin = _check_superblock(part)
+    path = part.source.path
+    where = {"offset": part.start, "size": part.size}
+    fd = part.source.duplicate()
+    try:
+        answer = parser.ask(path, "table", [fd], **where)
+        tensors: dict[str, Tensor] = {}
+        for name, dtype, big, shape, offset, nbytes in answer["tensors"]:
+            common = {"name": name, "dtype": dtype, "shape": tuple(shape), "nbytes": nbytes, "big_endian": big}
+            if name in tensors:
+                raise CheckpointError("name", path, "its name stands there twice.", tensor=name)
+            if offset == -1:
+                unpacked = _unpack(part, fd, where, common, sources, parser)
+                tensors[name] = Tensor(**common, offset=unpacked, source=len(sources) - 1, mapped=False)
+            else:
+                if offset is not None and nbytes and not begin <= offset <= part.size - nbytes:
+                    raise CheckpointError(
+                        "bounds",
+                        path,
+                        f"bytes {offset} to {offset + nbytes} are outside of the HDF5 file, which has its data from "
+                        f"byte {begin} to {part.size}.",
+                        tensor=name,
+                    )
+                at = None if offset is None else part.start + offset
+                tensors[name] = Tensor(**common, offset=at, source=number)
+    finally:
+        os.close(fd)
+    return answer["legacy"], tensors, read_provenance(answer["provenance"])
+
+
+def _unpack(
+    part: Hdf5Part, fd: int, where: dict[str, int], tensor: dict[str, Any], sources: list[Source], parser: Parser
+) -> int:
+    """Lets the child append a dataset to the last source, made if that is no temporary file; returns its offset."""
+    path, to = part.source.path, last_unpacked(sources, part.source)
+    begin = to.size
+    target = to.duplicate()
+    try:
+        os.lseek(target, begin, os.SEEK_SET)
+        seconds = TABLE_SECONDS + tensor["nbytes"] / 2e6  # 2 MB/s is slow even for deflate on a slow disk
+        parser.ask(path, "unpack", [fd, target], seconds, name=tensor["name"], **where)
+        to.size = os.fstat(target).st_size
+    finally:
+        os.close(target)
+    if to.size - begin != tensor["nbytes"]:
+        raise CheckpointError("size", path, f"{to.size - begin} bytes came out of it.", tensor=tensor["name"])
+    return begin
+
+
+def _check_superblock(part: Hdf5Part) -> int:
+    """Checks what libhdf5 leaves unchecked; returns the byte behind the superblock.
+
+    Source: HDF5 File Format Specification 3.0, section II.A.
+    """
+
+    def refuse(code: str, reason: str) -> CheckpointError:
+        return CheckpointError(code, part.source.path, reason)
+
+    base = 0
+    while part.source.read(part.start + base, min(8, max(0, part.size - base))) != SIGNATURE:
+        base = 2 * base or 512
+        if base + 8 > part.size:
+            raise refuse("hdf5", "it is not an HDF5 file, or its beginning is damaged.")
+    block = part.source.read(part.start + base, min(96, part.size - base)).ljust(96, b"\0")
+    version = block[8]
+    if version in (0, 1, 2, 3):
+        sizes = block[13:15] if version < 2 else block[9:11]
+        if sizes != b"\x08\x08":
+            raise refuse("hdf5", "its addresses are not of 8 bytes, as those of Keras' files are.")
+    if version in (0, 1):
+        flags, at = struct.unpack_from("<I", block, 20)[0], 24 if version == 0 else 28
+        _, _, end, driver = struct.unpack_from("<4Q", block, at)
+        if driver != _UNDEFINED:
+            raise refuse("driver", "it is one of a family of files, of which only whole files are read.")
+    elif version in (2, 3):
+        flags, at = block[11], 12
+        end = struct.unpack_from("<Q", block, 28)[0]
+    else:
+        raise refuse("hdf5", f"its superblock has the version {version}; versions 0 to 3 are read.")
+    if flags:
+        raise refuse("not-closed", "it is open for writing, or its writer died before closing it.")
+    if base + end != part.size and end != part.size:
+        kind = "truncated" if end > part.size else "trailing"
+        raise refuse(kind, f"it has {part.size} bytes, but says that it ends at byte {end}.")
+    return base + at + (72 if version < 2 else 36)
