@@ -1,0 +1,147 @@
+"""Checkpoints of one model, all open at once: compared before anything is read, then read by ranges of elements.
+
+Only the table of the newest is kept. Of the others, what is kept is where each tensor that is averaged stands: eleven
+bytes a tensor.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming_polyak.errors import CheckpointError
+from streaming_polyak.files.formats import open_checkpoint
+from streaming_polyak.files.formats.hdf5 import Parser
+from streaming_polyak.files.tensors import FLOATS, TensorTable, UnpackedSource, differences, is_optimizer
+
+_OPEN_FILES = 64  # descriptors left for everything else
+
+
+class CheckpointSet:
+    """Checkpoints with the same tensors.
+
+    Args:
+        paths: oldest first.
+        parser: what HDF5 metadata are parsed with.
+        stack: closes the files in the end.
+
+    Attributes:
+        newest: the table of the newest.
+        averaged: its tensors that are averaged: floating ones of the model.
+        offsets: int64 of shape (checkpoints, averaged tensors): where each begins in its file.
+        source_numbers: of the same shape: in which file of its checkpoint.
+        big_endian: of the same shape: the byte order.
+        tables: of all checkpoints, without their tensors.
+        sizes: bytes of the files of each checkpoint.
+
+    Raises:
+        CheckpointError: one cannot be read, is there twice, or is not of the same model as the newest.
+    """
+
+    def __init__(self, paths: list[Path], parser: Parser, stack: ExitStack) -> None:
+        self.paths = paths
+        if any(path.name.endswith((".keras", ".h5", ".hdf5", ".weights.json")) for path in paths):
+            parser.start()
+        self.newest = open_checkpoint(paths[-1], parser)
+        stack.callback(self.newest.close)
+        self.averaged = [
+            t
+            for name, t in self.newest.tensors.items()
+            if t.dtype in FLOATS and not is_optimizer(name, self.newest.format)
+        ]
+        if not self.averaged:
+            raise self.newest.refuse("no-floats", "it has no floating tensor that could be averaged.")
+        compared = {n: t for n, t in self.newest.tensors.items() if not is_optimizer(n, self.newest.format)}
+        shape = len(paths), len(self.averaged)
+        self.offsets = np.zeros(shape, np.int64)
+        self.source_numbers = np.zeros(shape, np.uint16)
+        self.big_endian = np.zeros(shape, bool)
+        self.tables: list[TensorTable] = []
+        self.sizes: list[int] = []
+        seen: dict[tuple[int, int], Path] = {}
+        for i, path in enumerate(paths):
+            table = self.newest if i == len(paths) - 1 else open_checkpoint(path, parser)
+            stack.callback(table.close)
+            for j, source in enumerate(table.sources):
+                if j >= 1 and source.identity == table.sources[0].identity:
+                    continue  # the same file, unpacked
+                key = source.identity[0], source.identity[1]
+                if key in seen:
+                    raise CheckpointError(
+                        "same-file", path, f"it is the same file as {seen[key]}, which is in the list already."
+                    )
+                seen[key] = path
+            different = differences(self.newest, table, compared)
+            if different:
+                raise CheckpointError(
+                    "different-models",
+                    path,
+                    f"expected the same tensors as in {self.newest.path}, but they differ:\n"
+                    + "\n".join([*different[:20], *([f"  ... and {len(different) - 20} more"] * (len(different) > 20))])
+                    + "\nAverage checkpoints of one model only.",
+                )
+            for k, tensor in enumerate(self.averaged):
+                there = table.tensors[tensor.name]
+                self.offsets[i, k] = there.offset or 0
+                self.source_numbers[i, k] = there.source
+                self.big_endian[i, k] = there.big_endian
+            self.sizes.append(sum(s.size for s in table.sources if not isinstance(s, UnpackedSource)))
+            if table is not self.newest:
+                table.tensors = {} if table.format not in ("tf_checkpoint", "saved_model") else table.tensors
+                table.layout = None
+            self.tables.append(table)
+        self._keep_open()
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of all tables."""
+        return self.offsets.nbytes + self.source_numbers.nbytes + self.big_endian.nbytes
+
+    def read_into(self, i: int, k: int, buffer: memoryview, first: int) -> None:
+        """Reads elements of an averaged tensor of an input, as stored."""
+        source = self.tables[i].sources[self.source_numbers[i, k]]
+        source.read_into(buffer, int(self.offsets[i, k]) + first * self.itemsize(k))
+
+    def itemsize(self, k: int) -> int:
+        """Bytes of an element."""
+        return self.averaged[k].stored_dtype.itemsize
+
+    def check_unchanged(self) -> None:
+        """Checks that nobody wrote to any of the files."""
+        for table in self.tables:
+            table.check_unchanged()
+
+    def _keep_open(self) -> None:
+        """Lets files be opened anew for each read where there are more than the process may have open."""
+        try:
+            import resource
+        except ImportError:
+            return
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        sources = [source for table in self.tables for source in table.sources]
+        for source in sources[max(0, limit - _OPEN_FILES) :]:
+            if not isinstance(source, UnpackedSource):
+                source.close()
+
+
+def as_floats(raw: NDArray[np.uint8], dtype: str, big_endian: bool, buffer: NDArray[np.uint8]) -> NDArray[Any]:
+    """Returns stored bytes as native floats of the same values, float32 for two-byte ones; perhaps in `buffer`."""
+    order = ">" if big_endian else "<"
+    if dtype == "bfloat16":
+        out = buffer[: 2 * raw.size].view(np.uint32)
+        np.left_shift(raw.view(f"{order}u2"), 16, out=out, dtype=np.uint32)
+        return out.view(np.float32)
+    if dtype == "float16":
+        half = buffer[: 2 * raw.size].view(np.float32)
+        np.copyto(half, raw.view(f"{order}f2"))
+        return half
+    stored = raw.view(f"{order}f{4 if dtype == 'float32' else 8}")
+    if not big_endian:
+        return stored
+    native = buffer[: raw.size].view(stored.dtype.newbyteorder("="))
+    np.copyto(native, stored)
+    return native

@@ -1,0 +1,118 @@
+"""Which checkpoints are meant, oldest first: paths, patterns, folders and lists of them.
+
+Order is meaning here, since newer members may weigh more. Paths given one by one stay as they are given. What a pattern
+or a folder stands for is ordered by the numbers in the names, so that `epoch-9` comes before `epoch-10`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from streaming_polyak.errors import CheckpointError
+
+SUFFIXES = (".keras", ".weights.h5", ".h5", ".hdf5", ".weights.json", ".safetensors", ".npz", ".index")
+_SHARD = re.compile(r"_\d{5}\.weights\.h5$")
+
+
+def find_checkpoints(
+    given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    sort: Literal["epoch"] | None = None,
+    last: int | None = None,
+) -> list[Path]:
+    """Returns the checkpoints that are meant, oldest first.
+
+    Args:
+        given: paths; patterns with `*`, `?` or `[...]`; folders, which stand for the checkpoints in them; "@FILE" for
+            a file with one of these on each line (empty lines and lines that begin with "#" are passed over).
+        sort: "epoch" orders all of them by the last number in their names; `None` leaves them as given.
+        last: only the newest so many.
+
+    Raises:
+        CheckpointError: nothing is there, or not what was asked for.
+        ValueError: `last` is below 1.
+    """
+    items = [given] if isinstance(given, (str, os.PathLike)) else list(given)
+    paths = [path for item in items for path in _expand(os.fspath(item))]
+    if not paths:
+        raise CheckpointError("empty-list", "no input", "expected at least one checkpoint to average, got none.")
+    if sort == "epoch":
+        paths = _by_epoch(paths)
+    elif sort is not None:
+        raise ValueError(f'Expected sort="epoch" or None, got sort={sort!r}.')
+    if last is not None:
+        if last < 1:
+            raise ValueError(f"Expected last >= 1, got last={last}.")
+        if last > len(paths):
+            raise CheckpointError(
+                "too-few", paths[-1], f"the last {last} checkpoints are asked for, but there are only {len(paths)}."
+            )
+        paths = paths[-last:]
+    return paths
+
+
+def natural(path: Path) -> tuple[tuple[int, int | str], ...]:
+    """Returns a key that orders names with the numbers in them as numbers."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", str(path)) if part)
+
+
+def _expand(item: str) -> list[Path]:
+    if item.startswith("@"):
+        try:
+            lines = Path(item[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError("list", item[1:], f"the list cannot be read: {error}.") from error
+        found = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+        if any(line.startswith("@") for line in found):
+            raise CheckpointError("list", item[1:], "a list cannot name another list.")
+        return [path for line in found for path in _expand(line)]
+    path = Path(item)
+    if path.is_dir():
+        return [path] if (path / "saved_model.pb").exists() else _in_folder(path)
+    if glob.has_magic(item) and not path.exists():
+        matches = sorted((Path(match) for match in glob.glob(item)), key=natural)
+        if not matches:
+            raise CheckpointError("missing", item, "no file matches this pattern.")
+        return matches
+    return [path]
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    stores = {path.name.removesuffix(".weights.json") for path in folder.glob("*.weights.json")}
+    found = [
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".")
+        and (path.name.endswith(SUFFIXES) or (path.is_dir() and (path / "saved_model.pb").exists()))
+        and not (_SHARD.search(path.name) and _SHARD.sub("", path.name) in stores)
+    ]
+    if not found:
+        raise CheckpointError("empty-list", folder, f"no checkpoint ({', '.join(SUFFIXES)}) is in this folder.")
+    kinds = {next((s for s in SUFFIXES if path.name.endswith(s)), "SavedModel") for path in found}
+    if len(kinds) > 1:
+        raise CheckpointError(
+            "mixed-folder",
+            folder,
+            f"it has checkpoints of several kinds in it ({', '.join(sorted(kinds))}). Say which with a pattern, such "
+            f"as '{folder}/*{sorted(kinds)[0]}'.",
+        )
+    return sorted(found, key=natural)
+
+
+def _by_epoch(paths: list[Path]) -> list[Path]:
+    numbers: dict[int, Path] = {}
+    for path in paths:
+        name = next((path.name.removesuffix(s) for s in SUFFIXES if path.name.endswith(s)), path.name)
+        found = re.findall(r"\d+", name)
+        if not found:
+            raise CheckpointError("sort", path, "its name has no number to sort by.")
+        number = int(found[-1])
+        if number in numbers:
+            raise CheckpointError("sort", path, f"its name has the number {number}, as {numbers[number]} has.")
+        numbers[number] = path
+    return [numbers[number] for number in sorted(numbers)]
