@@ -5,13 +5,25 @@ Exit status: 0 done; 1 the work could not be done, with the reason on the error 
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 
 from streaming_polyak import __version__
 from streaming_polyak.errors import StreamingPolyakError
+from streaming_polyak.files.average import average_checkpoints
+from streaming_polyak.files.inputs import find_checkpoints
+from streaming_polyak.files.inspection import inspect_checkpoints
+from streaming_polyak.files.meter import parse_bytes
+from streaming_polyak.files.sweep import sweep_checkpoints
+from streaming_polyak.files.verify import verify_checkpoint
+from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Weighting, parse_weighting
 
 
 class _Group(click.Group):
@@ -21,16 +33,256 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except (StreamingPolyakError, ValueError, OSError, ImportError) as error:
-            raise click.ClickException(str(error)) from error
+            said = str(error).replace("pass overwrite=True", "give --overwrite")
+            raise click.ClickException(said) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def main() -> None:
-    """Running averages of a network's weights, kept up to date while it trains.
+    """Averages of a network's weights: of saved checkpoints here, and kept up to date while it trains.
+
+    \b
+    Average what is saved:   streaming-polyak average run/*.keras --output average.keras
+    Find out what to average: streaming-polyak sweep run/*.keras --evaluate score.py:evaluate
+    Look at a file:          streaming-polyak inspect average.keras
 
     To train a model of your own, import the loop: from streaming_polyak import Trainer.
-    """
+    """  # noqa: D301  # \b is a backspace here: click then keeps the lines as they are
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
+    """Returns a callback for an option that reads its text, or each of its texts; a ValueError is wrong usage."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        try:
+            if isinstance(value, tuple):
+                return tuple(parse(text) for text in value)
+            return None if value is None else parse(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+
+    return callback
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of numbers such as 0.5,0.3,0.2") from None
+
+
+_PATH = click.Path(path_type=Path)
+_checkpoints = click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+_last = click.option("--last", type=click.IntRange(1), metavar="N", help="Only the newest N.")
+_sort = click.option(
+    "--sort", type=click.Choice(["epoch"]), help="Order by the last number in the names. [default: as given]"
+)
+_allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity too.")
+_WEIGHTINGS = "mean, linear, polynomial:POWER, exponential:decay=D, exponential:alpha=A or exponential:half_life=H"
+
+
+@main.command()
+@_checkpoints
+@click.option("-o", "--output", type=_PATH, required=True, help="The new checkpoint; its suffix says the format.")
+@click.option(
+    "-w", "--weighting", metavar="W", callback=_parsed(parse_weighting), help=f"{_WEIGHTINGS}. [default: mean]"
+)
+@click.option(
+    "--weights",
+    metavar="A,B,...",
+    callback=_parsed(_numbers),
+    help="A weight for each, oldest first, such as 0.5,0.3,0.2.",
+)
+@_last
+@_sort
+@click.option(
+    "--optimizer",
+    type=click.Choice(["drop", "newest"]),
+    default="drop",
+    show_default=True,
+    help="Leave the optimizer's state out, or keep that of the newest.",
+)
+@click.option("--template", type=_PATH, help="A file with the structure the inputs lack, such as a .keras.")
+@_allow_nonfinite
+@click.option(
+    "--memory", metavar="SIZE", callback=_parsed(parse_bytes), default="64MiB", show_default=True, help="The budget."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def average(
+    checkpoints: tuple[str, ...], output: Path, weighting: Weighting | None, as_json: bool, **options: Any
+) -> None:
+    """Average saved checkpoints into a new one, exactly, in little memory.
+
+    CHECKPOINT... are the inputs from the oldest to the newest: .keras, .weights.h5, .h5, .weights.json, .safetensors or
+    .npz files, TensorFlow checkpoints or SavedModel folders of one model. A quoted pattern or a folder stands for what
+    is in it, in the order of the numbers in the names; @FILE for a list with one on each line.
+
+    The result is within one unit in the last place of the exact average. Killed at any moment, there is no output or
+    the whole output.
+
+    \b
+    Examples:
+      streaming-polyak average a.keras b.keras c.keras --output average.keras
+      streaming-polyak average run/members --last 10 --weighting linear -o average.keras
+      streaming-polyak average old.weights.h5 new.weights.h5 --weights 0.3,0.7 -o average.safetensors
+      streaming-polyak average 'run/*.weights.h5' --template model.keras -o average.keras
+    """  # noqa: D301
+    if weighting is not None and options["weights"] is not None:
+        raise click.UsageError("--weighting and --weights say the same thing in two ways; give one of them.")
+    report = average_checkpoints(checkpoints, output, weighting or MEAN, progress=True, **options)
+    click.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
+
+
+@main.command()
+@_checkpoints
+@click.option(
+    "--evaluate",
+    "function",
+    required=True,
+    metavar="MODULE:FUNCTION",
+    help="Gets tensors by name, returns metrics by name. MODULE is a name or a path ending in .py.",
+)
+@click.option(
+    "-w",
+    "--weighting",
+    "weightings",
+    metavar="W",
+    callback=_parsed(parse_weighting),
+    multiple=True,
+    help=f"{_WEIGHTINGS}; several times. [default: mean, linear and exponential:alpha=2]",
+)
+@click.option(
+    "--weights", metavar="A,B,...", callback=_parsed(_numbers), help="Explicit weights too, one for each, oldest first."
+)
+@_last
+@_sort
+@_allow_nonfinite
+@click.option("--metric", help="The metric that tells what is best. [default: the first]")
+@click.option(
+    "--mode",
+    type=click.Choice(["auto", "min", "max"]),
+    default="auto",
+    show_default=True,
+    help="Whether less or more of the metric is better; auto tells by its name.",
+)
+@click.option(
+    "--accumulators",
+    type=click.Choice(["memory", "disk"]),
+    default="memory",
+    show_default=True,
+    help="Where the sums are kept: eight bytes a parameter and sum.",
+)
+@click.option("--csv", "csv_path", type=_PATH, help="Write all rows there; replaced if it exists.")
+@click.option("--plot", "plot_path", type=_PATH, help="Draw them there (PNG); replaced if it exists.")
+@click.option("--export-best", type=_PATH, help="Write the best average, or member, there as a checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --export-best if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print all rows as JSON.")
+def sweep(
+    checkpoints: tuple[str, ...],
+    function: str,
+    weightings: tuple[Weighting, ...],
+    weights: tuple[float, ...] | None,
+    metric: str | None,
+    mode: Literal["auto", "min", "max"],
+    csv_path: Path | None,
+    plot_path: Path | None,
+    export_best: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find out how many of the last checkpoints to average, and how.
+
+    Evaluates each CHECKPOINT (given from the oldest to the newest, as for "average") and the averages of the last n of
+    them for every n and every weighting, reading each file once.
+
+    FUNCTION gets a mapping from names to arrays. For a Keras model, make it with the library:
+
+    \b
+      # score.py
+      import keras, streaming_polyak as sp
+      model = keras.models.load_model("run/epoch-00499.keras")
+      x, y = ...
+      evaluate = sp.KerasEvaluator(model, x, y)
+
+    \b
+    Examples:
+      streaming-polyak sweep run/*.keras --evaluate score.py:evaluate
+      streaming-polyak sweep run/members -w mean -w exponential:alpha=2 -w exponential:alpha=5 \\
+          --evaluate score.py:evaluate --metric accuracy --csv sweep.csv --plot sweep.png --export-best best.keras
+    """  # noqa: D301
+    chosen: list[Weighting | tuple[float, ...]] = list(weightings)
+    if weights is not None:
+        chosen.append(weights)
+    if export_best is not None and export_best.exists() and not overwrite:  # before, not after, hours of work
+        raise FileExistsError(
+            f"{export_best} exists already. Choose another name, or pass overwrite=True to replace it."
+        )
+    result = sweep_checkpoints(
+        checkpoints, chosen or [MEAN, LINEAR, Exponential(alpha=2)], _load(function), progress=True, **options
+    )
+    best = result.best(metric, mode=mode)
+    if csv_path is not None:
+        result.to_csv(csv_path)
+    if plot_path is not None:
+        result.plot(plot_path, metric)
+    verdict = result.verdict(metric, mode=mode)
+    click.echo(
+        json.dumps({**result.to_json(), "verdict": verdict}, indent=1) if as_json else f"{result.table()}\n\n{verdict}"
+    )
+    if export_best is not None:
+        click.echo(str(result.export(best, export_best, overwrite=overwrite)), err=as_json)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def inspect(files: tuple[str, ...], as_json: bool) -> None:
+    """Show what is in checkpoints: tensors, dtypes, shapes, bytes, and what differs between several.
+
+    Reads no tensor data. "in place" means that the data are read where the file has them; the rest is unpacked first.
+
+    \b
+    Examples:
+      streaming-polyak inspect model.keras
+      streaming-polyak inspect a.safetensors b.safetensors
+    """  # noqa: D301
+    found = inspect_checkpoints(files)
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def verify(files: tuple[str, ...], as_json: bool) -> None:
+    """Read checkpoints whole and tell whether they can be trusted and averaged.
+
+    Checks the structure, the checksums that the format has, those that an average made by this program carries, and
+    that all floating tensors of the model are finite. Exit status 1 names what is damaged.
+
+    \b
+    Examples:
+      streaming-polyak verify average.keras
+      streaming-polyak verify run/members/*.keras
+    """  # noqa: D301
+    reports, failed = [], False
+    for path in find_checkpoints(files):
+        try:
+            report = verify_checkpoint(path, progress=True)
+        except StreamingPolyakError as error:
+            failed = True
+            click.echo(f"Error: {error}", err=True)
+            reports.append({"path": str(path), "ok": False, "reason": str(error)})
+        else:
+            reports.append({"path": str(path), "ok": True, **report.to_json()})
+            if not as_json:
+                click.echo(str(report))
+    if as_json:
+        click.echo(json.dumps(reports, indent=1))
+    if failed:
+        raise click.exceptions.Exit(1)
 
 
 # Options of one data set only; given with the other alone they are wrong usage, not ignored.
@@ -118,6 +370,21 @@ def demo(
         folder = output / "digits" if data is None else output
         files += digits.run(folder, _paragraph, epochs=epochs or 40, repeats=repeats, alpha=alpha, seed=seed)
     _paragraph("\n".join(["Files written:", *(f"  {path}" for path in files)]))
+
+
+def _load(function: str) -> Any:
+    """Returns the object that MODULE:NAME or PATH.py:NAME stands for."""
+    module, colon, name = function.rpartition(":")
+    if not (module and colon and name):
+        raise click.BadParameter(f"{function!r} is not of the form MODULE:FUNCTION", param_hint="--evaluate")
+    sys.path.insert(0, str(Path(module).resolve().parent) if module.endswith(".py") else os.getcwd())
+    try:
+        found = getattr(importlib.import_module(Path(module).stem if module.endswith(".py") else module), name)
+    except (ImportError, AttributeError) as error:
+        raise click.BadParameter(f"{function!r} cannot be loaded: {error}", param_hint="--evaluate") from error
+    if not callable(found):
+        raise click.BadParameter(f"{function!r} is not callable", param_hint="--evaluate")
+    return found
 
 
 def _paragraph(text: str) -> None:

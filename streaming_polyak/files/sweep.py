@@ -1,0 +1,504 @@
+"""All averages of the last n = 1, ..., N members under any number of weightings, in one pass from newest to oldest.
+
+Counted from the newest member w_1, every average that is asked for grows by something known:
+
+| weighting | after member w_n | divided by |
+|---|---|---|
+| `Polynomial(0)`, the mean | S0 += w_n | n |
+| `Polynomial(1)`, linear | S1 += S0: w_1 was added n times, w_n once | n (n + 1) / 2 |
+| `Polynomial(p)`, whole p | Sp += S(p-1) | C(n + p, p + 1) |
+| `Exponential(d)` | E += d^(n-1) w_n | 1 + d + ... + d^(n-1) |
+| explicit weights v | V += v_n w_n | v_1 + ... + v_n |
+
+The sums of the first three rows are shared, so mean and linear together take two accumulators, not three. Each file is
+read once: when the member itself is evaluated, each tensor is added up as it passes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tabulate import tabulate
+from tqdm import tqdm
+
+from streaming_polyak.errors import NonFiniteError
+from streaming_polyak.files import pieces
+from streaming_polyak.files.average import AverageReport, Paths, average_checkpoints
+from streaming_polyak.files.checkpoint_set import CheckpointSet, as_floats
+from streaming_polyak.files.checksums import crc32
+from streaming_polyak.files.formats.hdf5 import Parser
+from streaming_polyak.files.inputs import find_checkpoints
+from streaming_polyak.files.meter import Meter
+from streaming_polyak.files.storage import Storage, write_csv
+from streaming_polyak.files.summation import TILE, rounded
+from streaming_polyak.files.tensors import DTYPES, Tensor, is_optimizer
+from streaming_polyak.weighting import Exponential, Polynomial, Weighting
+
+Array = NDArray[Any]
+Tensors = Mapping[str, Array]
+Evaluate = Callable[[Tensors], Mapping[str, float] | float]
+Weightings = Mapping[str, "Weighting | Sequence[float]"] | Sequence["Weighting | Sequence[float]"]
+
+SINGLE = "single"
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One average that was evaluated.
+
+    Args:
+        weighting: its name, or "single" for a member by itself.
+        n: how many members are in it.
+        members: their files, oldest first.
+        metrics: what the evaluation gave, by name.
+    """
+
+    weighting: str
+    n: int
+    members: tuple[Path, ...]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All averages of the last n, and every member by itself.
+
+    Args:
+        rows: members by themselves, newest first; then each weighting for n = 1, ..., N.
+        weightings: by name.
+        paths: all members, oldest first.
+        seconds: what it took.
+        bytes_read: of the members.
+    """
+
+    rows: tuple[SweepRow, ...]
+    weightings: dict[str, Weighting | tuple[float, ...]]
+    paths: tuple[Path, ...]
+    seconds: float
+    bytes_read: int
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics."""
+        return tuple(self.rows[0].metrics)
+
+    def of(self, weighting: str) -> list[SweepRow]:
+        """Returns the rows of one weighting in the order of n; of "single", newest member first."""
+        return [row for row in self.rows if row.weighting == weighting]
+
+    def best(
+        self,
+        metric: str | None = None,
+        *,
+        mode: Literal["auto", "min", "max"] = "auto",
+        among: Sequence[str] | None = None,
+    ) -> SweepRow:
+        """Returns the best row by a metric; of equal ones the one with fewer members, then the first.
+
+        Args:
+            metric: its name; `None` for the first one.
+            mode: whether less or more is better; "auto" tells by the name: less for a loss or an error.
+            among: names of weightings; `None` for all, members by themselves too.
+
+        Raises:
+            ValueError: there is no such metric or weighting, or it is NaN everywhere.
+        """
+        metric = self._metric(metric)
+        sign = 1.0 if _less_is_better(metric, mode) else -1.0
+        rows = [row for row in self.rows if among is None or row.weighting in among]
+        rows = [row for row in rows if not math.isnan(row.metrics[metric])]
+        if not rows:
+            raise ValueError(f"Expected a weighting with a score in {metric!r}, got {among or 'NaN in all rows'}.")
+        return min(rows, key=lambda row: (sign * row.metrics[metric], row.n))
+
+    def verdict(self, metric: str | None = None, *, mode: Literal["auto", "min", "max"] = "auto") -> str:
+        """Says in a sentence or two what averaging gained by a metric."""
+        metric = self._metric(metric)
+        single = self.best(metric, mode=mode, among=[SINGLE])
+        averages = [row for row in self.rows if row.weighting != SINGLE and row.n > 1]
+        said = f"Best single member: {single.members[0].name} with {metric} {single.metrics[metric]:.6g}."
+        if not averages:
+            return said
+        names = list(dict.fromkeys(row.weighting for row in averages))
+        best = min(
+            (row for row in averages if not math.isnan(row.metrics[metric])),
+            key=lambda row: (row.metrics[metric] * (1 if _less_is_better(metric, mode) else -1), row.n),
+            default=None,
+        )
+        if best is None:
+            return f"{said} No average of two or more members has a score."
+        gain = best.metrics[metric] - single.metrics[metric]
+        better = gain < 0 if _less_is_better(metric, mode) else gain > 0
+        if better:
+            return (
+                f"{said} The best average, {best.weighting} of the last {best.n}, has {best.metrics[metric]:.6g} "
+                f"({gain:+.3g}). It was picked on the data it is scored on, which flatters it."
+            )
+        return (
+            f"{said} No average of two or more members ({', '.join(names)}) beats it; the best of them, "
+            f"{best.weighting} of the last {best.n}, has {best.metrics[metric]:.6g}."
+        )
+
+    def table(self) -> str:
+        """Returns all rows as an aligned table, the best one by the first metric marked."""
+        best = self.best() if any(not math.isnan(row.metrics[self.metrics[0]]) for row in self.rows) else None
+        rows = [
+            [row.weighting, row.n, row.members[-1].name, *row.metrics.values(), "best" if row is best else ""]
+            for row in self.rows
+        ]
+        header = ["weighting", "n", "newest member", *self.metrics, ""]
+        return tabulate(rows, header, tablefmt="plain", floatfmt=".6g", disable_numparse=[0, 2])
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes all rows as CSV: weighting, n, oldest and newest member, metrics; replaces a file `path`."""
+        write_csv(
+            Path(path),
+            ["weighting", "n", "oldest_member", "newest_member", *self.metrics],
+            [
+                [row.weighting, row.n, row.members[0], row.members[-1], *(row.metrics[name] for name in self.metrics)]
+                for row in self.rows
+            ],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns all of it as JSON values."""
+        return {
+            "rows": [
+                {
+                    "weighting": row.weighting,
+                    "n": row.n,
+                    "members": [str(path) for path in row.members],
+                    "metrics": row.metrics,
+                }
+                for row in self.rows
+            ],
+            "weightings": {
+                name: w.to_json() if isinstance(w, Weighting) else list(w) for name, w in self.weightings.items()
+            },
+            "members": [str(path) for path in self.paths],
+            "seconds": self.seconds,
+            "bytes_read": self.bytes_read,
+        }
+
+    def write_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_json()` to a file, replaced if it exists."""
+        text = json.dumps(self.to_json(), indent=1)
+        Storage().commit(Path(path), lambda temporary: temporary.write_text(text + "\n"), overwrite=True)
+
+    def export(
+        self, row: SweepRow, output: str | os.PathLike[str], *, overwrite: bool = False, **options: Any
+    ) -> AverageReport:
+        """Writes the average of a row as a checkpoint; options are those of `average_checkpoints`."""
+        weighting = None if row.weighting == SINGLE else self.weightings[row.weighting]
+        if isinstance(weighting, Weighting):
+            return average_checkpoints(row.members, output, weighting, overwrite=overwrite, **options)
+        weights = [1.0] if weighting is None else weighting[-row.n :]
+        return average_checkpoints(row.members, output, weights=weights, overwrite=overwrite, **options)
+
+    def plot(self, path: str | os.PathLike[str], metric: str | None = None, *, title: str | None = None) -> None:
+        """Draws single members as dots and averages of the last n as lines into a PNG (needs the extra "plots")."""
+        from streaming_polyak import plots
+
+        metric = self._metric(metric)
+        plots.last_n(
+            Path(path),
+            [row.metrics[metric] for row in self.of(SINGLE)],
+            {name: [row.metrics[metric] for row in self.of(name)] for name in self.weightings},
+            title or f"Single members and averages of the last n of {len(self.paths)}",
+            metric,
+        )
+
+    def _metric(self, metric: str | None) -> str:
+        if metric is not None and metric not in self.metrics:
+            raise ValueError(f"Expected a metric of {', '.join(self.metrics)}; got {metric!r}.")
+        return metric or self.metrics[0]
+
+
+def sweep_checkpoints(
+    paths: Paths,
+    weightings: Weightings,
+    evaluate: Evaluate,
+    *,
+    last: int | None = None,
+    sort: Literal["epoch"] | None = None,
+    accumulators: Literal["memory", "disk"] = "memory",
+    allow_nonfinite: bool = False,
+    progress: bool = False,
+) -> SweepResult:
+    """Evaluates every member, and for n = 1, ..., N the average of the last n under every weighting.
+
+    Each file is read once. Memory: one float64 a parameter for each accumulator (see the module's table), and what
+    `evaluate` takes; a tensor at a time is made for it.
+
+    Args:
+        paths: the N members, oldest first, as for `average_checkpoints`.
+        weightings: by name, or in a sequence (named by their text): `Polynomial` of a whole power, `Exponential`, or N
+            explicit weights, oldest member first.
+        evaluate: gets the tensors by name (a mapping that makes each when it is asked for, good during the call) and
+            returns metrics by name, or one number, which is called "score". `KerasEvaluator` is one.
+        last: only the newest so many members.
+        sort: "epoch" orders the members by the last number in their names.
+        accumulators: "memory", or "disk" for temporary files (in TMPDIR) of which little is in memory at once.
+        allow_nonfinite: whether members may hold NaN or infinity.
+        progress: show a bar over the evaluations, if the error output is a terminal.
+
+    Returns:
+        A row for each member and each average.
+
+    Raises:
+        CheckpointError: as for `average_checkpoints`; all members are compared before the first evaluation.
+        NonFiniteError: a member holds NaN or infinity.
+        ValueError: a weighting cannot be swept, or two have one name.
+    """
+    started = time.perf_counter()
+    found = find_checkpoints(paths, sort=sort, last=last)
+    named = _named(weightings, len(found))
+    if accumulators not in ("memory", "disk"):
+        raise ValueError(f'Expected accumulators="memory" or "disk", got accumulators={accumulators!r}.')
+    with ExitStack() as stack:
+        parser = stack.enter_context(Parser())
+        members = CheckpointSet(found, parser, stack)
+        sums = _Sums(named, members.averaged, stack if accumulators == "disk" else None)
+        bar = stack.enter_context(
+            tqdm(total=len(found) * (1 + len(named)), unit="evaluation", disable=None if progress else True)
+        )
+        copied = {
+            name: members.newest.read(name)
+            for name, t in members.newest.tensors.items()
+            if t.dtype in DTYPES and name not in sums.places and not is_optimizer(name, members.newest.format)
+        }
+        singles: list[SweepRow] = []
+        averages: dict[str, list[SweepRow]] = {name: [] for name in named}
+        for n in range(1, len(found) + 1):
+            member = _Member(members, len(found) - n, sums, n, copied, allow_nonfinite)
+            metrics = _metrics(evaluate(member))
+            member.finish()
+            singles.append(SweepRow(SINGLE, 1, (found[-n],), metrics))
+            bar.update()
+            for name in named:
+                # The average of one member is that member.
+                scores = metrics if n == 1 else _metrics(evaluate(_Average(sums, name, n, members.averaged, copied)))
+                averages[name].append(SweepRow(name, n, tuple(found[-n:]), scores))
+                bar.update()
+        rows = (*singles, *(row for name in named for row in averages[name]))
+        if any(row.metrics.keys() != rows[0].metrics.keys() for row in rows):
+            raise ValueError("Expected evaluate to return the same metrics each time, but they differ.")
+        return SweepResult(rows, named, tuple(found), time.perf_counter() - started, sum(members.sizes))
+
+
+class _Sums:
+    """The accumulators: arrays of float64 over all averaged elements, one a sum that is needed."""
+
+    def __init__(
+        self,
+        weightings: Mapping[str, Weighting | tuple[float, ...]],
+        averaged: Sequence[Tensor],
+        on_disk: ExitStack | None,
+    ) -> None:
+        self._weightings = weightings
+        powers = [int(w.power) for w in weightings.values() if isinstance(w, Polynomial)]
+        self._levels = max(powers, default=-1) + 1
+        self._of: dict[str, int] = {}
+        number = self._levels
+        for name, weighting in weightings.items():
+            if isinstance(weighting, Polynomial):
+                self._of[name] = int(weighting.power)
+            else:
+                self._of[name] = number
+                number += 1
+        size = sum(tensor.size for tensor in averaged)
+        self._map: mmap.mmap | None = None
+        if on_disk is None:
+            self._sums = np.zeros((number, size))
+        else:
+            file = on_disk.enter_context(tempfile.TemporaryFile(prefix="streaming_polyak-"))  # noqa: SIM115  # the stack does
+            os.posix_fallocate(file.fileno(), 0, max(1, number * size * 8))  # a full disk is an error here
+            self._map = mmap.mmap(file.fileno(), max(1, number * size * 8))
+            self._sums = np.frombuffer(self._map, np.float64, number * size).reshape(number, size)
+        self.places: dict[str, int] = {}
+        at = 0
+        for tensor in averaged:
+            self.places[tensor.name] = at
+            at += tensor.size
+        self._scratch = np.empty(TILE)
+
+    def add(self, name: str, w: Array, n: int) -> None:
+        """Takes in a tensor of the n-th member counted from the newest; `w` is flat."""
+        start = self.places[name]
+        with np.errstate(all="ignore"):
+            for lo in range(0, w.size, TILE):
+                part = w[lo : lo + TILE]
+                where = slice(start + lo, start + lo + part.size)
+                for level in range(self._levels):
+                    total = self._sums[level, where]
+                    np.add(total, part, out=total)
+                    part = total
+                part = w[lo : lo + TILE]
+                for weighting_name, weighting in self._weightings.items():
+                    if isinstance(weighting, Polynomial):
+                        continue
+                    total, scratch = self._sums[self._of[weighting_name], where], self._scratch[: part.size]
+                    np.multiply(part, self._weight(weighting, n), out=scratch, dtype=np.float64)
+                    np.add(total, scratch, out=total)
+        self._give_back()
+
+    def average(self, weighting_name: str, tensor: Tensor, n: int) -> Array:
+        """Returns the average of the last n members, in the dtype of the tensor."""
+        start = self.places[tensor.name]
+        total = self._sums[self._of[weighting_name], start : start + tensor.size]
+        norm = self._norm(self._weightings[weighting_name], n)
+        out = np.empty(tensor.size, DTYPES[tensor.dtype])
+        bits = out.view(np.uint16) if tensor.dtype == "bfloat16" else out
+        with np.errstate(all="ignore"):
+            for lo in range(0, tensor.size, TILE):
+                part = np.divide(total[lo : lo + TILE], norm, out=self._scratch[: min(TILE, tensor.size - lo)])
+                bits[lo : lo + TILE] = rounded(part, tensor.dtype)
+        self._give_back()
+        return out.reshape(tensor.shape)
+
+    @staticmethod
+    def _weight(weighting: Weighting | tuple[float, ...], n: int) -> float:
+        if isinstance(weighting, tuple):
+            return weighting[-n]
+        return float(weighting.raw_weights(n)[0])  # of the oldest, that of the newest being 1
+
+    @staticmethod
+    def _norm(weighting: Weighting | tuple[float, ...], n: int) -> float:
+        if isinstance(weighting, tuple):
+            return math.fsum(weighting[-n:])
+        if isinstance(weighting, Polynomial):
+            return float(math.comb(n + int(weighting.power), int(weighting.power) + 1))
+        return math.fsum(weighting.raw_weights(n))
+
+    def _give_back(self) -> None:
+        """Lets go of the pages of a mapped file; what is in them is kept by the system."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class _Member(Mapping[str, Array]):
+    """The tensors of one member; each is added up the first time it is read."""
+
+    def __init__(
+        self, members: CheckpointSet, i: int, sums: _Sums, n: int, copied: Tensors, allow_nonfinite: bool
+    ) -> None:
+        self._members, self._i, self._sums, self._n = members, i, sums, n
+        self._copied, self._allow_nonfinite = copied, allow_nonfinite
+        self._numbers = {tensor.name: k for k, tensor in enumerate(members.averaged)}
+        self._segments: dict[str, tuple[int, pieces.Segment]] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._numbers:
+            return self._copied[name].copy()
+        k = self._numbers[name]
+        members, tensor = self._members, self._members.averaged[k]
+        raw = np.empty(tensor.nbytes, np.uint8)
+        members.read_into(self._i, k, raw.data, 0)
+        big = bool(members.big_endian[self._i, k])
+        values = raw.view(tensor.stored_dtype.newbyteorder(">" if big else "<")).astype(
+            DTYPES[tensor.dtype], copy=False
+        )
+        if name not in self._segments:
+            segment = pieces.Segment(int(members.offsets[self._i, k]), tensor.nbytes, crc32(raw))
+            self._segments[name] = int(members.source_numbers[self._i, k]), segment
+            if not self._allow_nonfinite and not np.isfinite(values).all():
+                raise NonFiniteError(f"{members.paths[self._i]}, tensor {name!r}: it holds NaN or infinity.")
+            floats = as_floats(raw, tensor.dtype, big, np.empty(0 if tensor.nbytes == 0 else 8 * tensor.size, np.uint8))
+            self._sums.add(name, floats, self._n)
+        return values.reshape(tensor.shape)
+
+    def finish(self) -> None:
+        """Adds up what the evaluation did not look at, and checks that the file is whole and unchanged."""
+        for name in self._numbers:
+            if name not in self._segments:
+                self[name]
+        table = self._members.tables[self._i]
+        for number, source in enumerate(table.sources):
+            segments = [segment for where, segment in self._segments.values() if where == number]
+            checksums = [checksum for checksum in table.checksums if checksum.source == number]
+            if checksums:
+                pieces.digest(source, segments, checksums, Meter(None, "", False))
+            source.check_unchanged()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._numbers
+        yield from self._copied
+
+    def __len__(self) -> int:
+        return len(self._numbers) + len(self._copied)
+
+
+class _Average(Mapping[str, Array]):
+    """The tensors of the average of the last n, made one by one."""
+
+    def __init__(self, sums: _Sums, weighting: str, n: int, averaged: Sequence[Tensor], copied: Tensors) -> None:
+        self._sums, self._weighting, self._n, self._copied = sums, weighting, n, copied
+        self._averaged = {tensor.name: tensor for tensor in averaged}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._averaged:
+            return self._copied[name].copy()
+        return self._sums.average(self._weighting, self._averaged[name], self._n)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._averaged
+        yield from self._copied
+
+    def __len__(self) -> int:
+        return len(self._averaged) + len(self._copied)
+
+
+def _named(weightings: Weightings, count: int) -> dict[str, Weighting | tuple[float, ...]]:
+    if isinstance(weightings, Mapping):
+        pairs = list(weightings.items())
+    else:
+        pairs = [(str(w) if isinstance(w, Weighting) else "weights", w) for w in weightings]
+    named: dict[str, Weighting | tuple[float, ...]] = {}
+    for name, weighting in pairs:
+        if name in named or name == SINGLE:
+            raise ValueError(f"Expected a name of its own for each weighting, got {name!r} twice or {SINGLE!r}.")
+        if isinstance(weighting, Polynomial) and weighting.power != int(weighting.power):
+            raise ValueError(f"Expected a whole power, as one pass needs it, got {weighting!r}.")
+        if isinstance(weighting, (Polynomial, Exponential)):
+            named[name] = weighting
+            continue
+        if isinstance(weighting, Weighting):
+            raise ValueError(f"Expected a Polynomial, an Exponential or explicit weights, got {weighting!r}.")
+        explicit = tuple(float(w) for w in weighting)
+        if len(explicit) != count or not all(0 <= w < math.inf for w in explicit) or not explicit[-1:] > (0.0,):
+            raise ValueError(
+                f"Expected {count} finite weights >= 0, oldest member first, the newest above 0; got {explicit}."
+            )
+        named[name] = explicit
+    if not named:
+        raise ValueError("Expected at least one weighting, got none.")
+    return named
+
+
+def _metrics(returned: Mapping[str, float] | float) -> dict[str, float]:
+    if isinstance(returned, Mapping):
+        metrics = {str(name): float(value) for name, value in returned.items()}
+    else:
+        metrics = {"score": float(returned)}
+    if not metrics:
+        raise ValueError("Expected evaluate to return metrics by name, or a number, got an empty dict.")
+    return metrics
+
+
+def _less_is_better(metric: str, mode: str) -> bool:
+    if mode not in ("auto", "min", "max"):
+        raise ValueError(f'Expected mode="auto", "min" or "max", got mode={mode!r}.')
+    signs = ("loss", "error", "mse", "mae", "perplexity", "entropy", "divergence", "hinge")
+    return mode == "min" or (mode == "auto" and any(sign in metric.lower() for sign in signs))

@@ -1,0 +1,140 @@
+"""Scores sets of tensors, such as averages of checkpoints, on a Keras model: set in place, compiled once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming_polyak.files.formats import open_checkpoint
+from streaming_polyak.files.formats.hdf5 import Parser
+from streaming_polyak.files.tensors import is_optimizer
+from streaming_polyak.training.averages import unchanged
+from streaming_polyak.training.trainer import Trainer
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+class KerasEvaluator:
+    """Evaluates tensors by name as the weights of a model, with its compiled loss and metrics; for `sweep_checkpoints`.
+
+    The tensors stay in the model afterwards.
+
+    Args:
+        model: compiled and built; which of its variables each tensor is follows from how Keras itself names them in
+            files of the kind that the tensors come from.
+        x: arrays, a `tf.data.Dataset` or a PyDataset, as for `Trainer.evaluate`.
+        y: targets, if `x` has none.
+        sample_weight: weights of samples, if `x` has none.
+        batch_size: samples a step, for arrays; `None` for 32.
+
+    Raises:
+        ValueError: the model is not built.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        x: Any,
+        y: Any = None,
+        *,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+    ) -> None:
+        if not model.built:
+            raise ValueError(f"Expected a built model, but {model.name!r} has no variables yet. Call it on data first.")
+        self._trainer = Trainer(model)
+        self._data = {"x": x, "y": y, "sample_weight": sample_weight, "batch_size": batch_size}
+        self._variables: dict[str, keras.Variable] = {}
+
+    @property
+    def model(self) -> keras.Model:
+        """The model, which holds the tensors evaluated last."""
+        return self._trainer.model
+
+    def __call__(self, tensors: Tensors) -> dict[str, float]:
+        """Returns "loss" and each metric by name.
+
+        Args:
+            tensors: all those of the model by name, in any floating dtype.
+
+        Raises:
+            ValueError: a tensor of the model is missing, of another shape, or there are others.
+        """
+        self.assign(tensors)
+        return self._trainer.evaluate(**self._data)
+
+    def assign(self, tensors: Tensors) -> None:
+        """Puts tensors into the model.
+
+        Raises:
+            ValueError: as for a call; the model is as it was.
+        """
+        if self._variables.keys() != set(tensors):
+            self._variables = self._locate(set(tensors))
+        for name, variable in self._variables.items():
+            variable.assign(tensors[name])
+
+    def _locate(self, names: set[str]) -> dict[str, keras.Variable]:
+        """Finds which variable has which name, by letting Keras save the model with a number of its own in each."""
+        tried: list[set[str]] = []
+        for suffix in (".weights.h5", ".h5"):
+            found = self._probe(suffix)
+            if found.keys() == names:
+                return found
+            tried.append(set(found))
+        missing, extra = sorted(tried[0] - names), sorted(names - tried[0])
+        raise ValueError(
+            f"Expected the tensors of model {self.model.name!r} under the names Keras gives them in files, but "
+            + "; ".join(
+                f"{what}: {', '.join(some[:5])}{' ...' if some[5:] else ''}"
+                for what, some in (("missing are", missing), ("not of the model are", extra))
+                if some
+            )
+            + ". Evaluate checkpoints on the model they were saved from."
+        )
+
+    def _probe(self, suffix: str) -> dict[str, keras.Variable]:
+        model = self.model
+        kinds: dict[tuple[str, tuple[int, ...]], list[keras.Variable]] = {}
+        for variable in model.variables:
+            kinds.setdefault((variable.dtype, tuple(variable.shape)), []).append(variable)
+        with tempfile.TemporaryDirectory(prefix="streaming_polyak-") as folder:
+            path = Path(folder) / f"probe{suffix}"
+            with unchanged(model.variables):
+                for (dtype, shape), alike in kinds.items():
+                    for number, variable in enumerate(alike):
+                        variable.assign(_marked(dtype, shape, number))
+                if suffix == ".h5":
+                    model.save(path)
+                else:
+                    model.save_weights(path)
+            found = {}
+            with Parser() as parser, open_checkpoint(path, parser) as table:
+                for name, tensor in table.tensors.items():
+                    if is_optimizer(name, table.format):
+                        continue
+                    alike = kinds.get((tensor.dtype, tensor.shape), [])
+                    number = _mark(table.read(name)) if len(alike) > 1 else 0
+                    if number < len(alike):
+                        found[name] = alike[number]
+        return found
+
+
+def _marked(dtype: str, shape: tuple[int, ...], number: int) -> NDArray[Any]:
+    """Returns an array whose bits are a number; of floats these are tiny ones, so that nothing overflows."""
+    if dtype == "bool":
+        return np.full(shape, bool(number))
+    kind = np.dtype(keras.ops.convert_to_numpy(keras.ops.zeros((), dtype)).dtype)
+    marked: NDArray[Any] = np.full(shape, number, np.dtype(f"u{kind.itemsize}")).view(kind).reshape(shape)
+    return marked
+
+
+def _mark(value: NDArray[Any]) -> int:
+    flat = value.reshape(-1)
+    return int(flat[:1].view(f"u{flat.itemsize}")[0]) if flat.size else 0
