@@ -68,19 +68,32 @@ def test_streaming_averages_agree_with_the_saved_members(both):
 
 def test_averages_of_the_last_n_are_those_of_the_weightings(both):
     keras = pytest.importorskip("keras")
-    from streaming_polyak import LINEAR, MEAN, Exponential
+    from streaming_polyak import LINEAR, MEAN, Exponential, KerasEvaluator, sweep_checkpoints
     from streaming_polyak.demo import blobs
 
-    newest_first = sorted((both[0] / "blobs" / "members").iterdir(), reverse=True)
+    oldest_first = sorted((both[0] / "blobs" / "members").iterdir())
     model = blobs.network("sgd")
-    paths = [v.path for v in model.variables]
-    members = [[w.astype(np.float64) for w in keras.models.load_model(path).get_weights()] for path in newest_first]
-    for n, averages in enumerate(blobs.last_n_averages(newest_first, model, 3.0), start=1):
-        for weighting, average in zip((MEAN, LINEAR, Exponential(alpha=3)), averages, strict=True):
+    put, seen = KerasEvaluator(model, np.zeros((1, 2)), np.zeros((1, 3))).assign, []
+
+    def evaluate(tensors):
+        put(tensors)
+        seen.append(model.get_weights())
+        return 0.0
+
+    weightings = (MEAN, LINEAR, Exponential(alpha=3))
+    sweep_checkpoints(oldest_first, weightings, evaluate)
+    members = [keras.models.load_model(path).get_weights() for path in reversed(oldest_first)]
+    evaluated = iter(seen)
+    for n in range(1, len(members) + 1):
+        for member, single in zip(members[n - 1], next(evaluated), strict=True):
+            assert member.tobytes() == single.tobytes()
+        for weighting in weightings if n > 1 else ():  # the average of one member is that member
             newest_weights = weighting.weights(n)[::-1]
-            for k, path in enumerate(paths):
-                expected = np.average([member[k] for member in members[:n]], axis=0, weights=newest_weights)
-                np.testing.assert_allclose(average[path], expected, rtol=1e-12, atol=1e-15)
+            for k, average in enumerate(next(evaluated)):
+                stack = [member[k].astype(np.float64) for member in members[:n]]
+                expected = np.average(stack, axis=0, weights=newest_weights)
+                np.testing.assert_allclose(average, expected, rtol=1e-7, atol=1e-9)  # rounded to float32
+    assert next(evaluated, None) is None
 
 
 def test_the_history_and_the_curves_have_every_epoch(both):

@@ -1,15 +1,16 @@
 """Three classes of points in the plane: the last ten models of a run, their averages, and the streaming averages.
 
 The set-up (data, network, 500 epochs, last ten models) is the problem that tutorials on averaging weights use; here
-the members are read back one file at a time, newest to oldest, and the same averages are there anyway, kept up to date
-while training, without any file.
+the members are swept in one pass, each file read once, and the same averages are there anyway, kept up to date while
+training, without any file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import keras
@@ -18,10 +19,21 @@ from numpy.typing import NDArray
 from sklearn.datasets import make_blobs
 from tabulate import tabulate
 
-from streaming_polyak import LINEAR, MEAN, Average, Exponential, Members, Trainer, plots
+from streaming_polyak import (
+    LINEAR,
+    MEAN,
+    Average,
+    Exponential,
+    KerasEvaluator,
+    Members,
+    SweepResult,
+    Trainer,
+    plots,
+    sweep_checkpoints,
+)
 from streaming_polyak.files.storage import write_csv
+from streaming_polyak.files.sweep import SINGLE, Tensors
 
-Weights: TypeAlias = dict[str, NDArray[np.float64]]
 Data: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 TRAIN_ROWS = 100
@@ -80,28 +92,27 @@ def run(
     )
     history = trainer.fit(*train, epochs=epochs, validation_data=test)
 
-    scorer = Trainer(network(optimizer))
-
     def score(source: str, scored: Trainer, weighting: str = "", n: int = 1, average: str | None = None) -> Score:
-        on_train, on_test = (scored.evaluate(*data, average=average) for data in (train, test))
-        accuracies, losses = ([on[name] for on in (on_train, on_test)] for name in ("accuracy", "loss"))
-        return Score(source, weighting, n, *accuracies, *losses)
+        return Score(source, weighting, n, **_both(scored, train, test, average))
 
     raw = score("raw", trainer)
     streaming = {name: score("streaming", trainer, name, trainer.count(name), average=name) for name in weightings}
-    singles: list[Score] = []
-    saved: dict[str, list[Score]] = {name: [] for name in weightings}
-    newest_first = trainer.member_paths[::-1]
-    for path, averages in zip(newest_first, last_n_averages(newest_first, scorer.model, alpha), strict=True):
-        scorer.model.load_weights(path)
-        singles.append(score(path.name, scorer))
-        for (name, scores), weights in zip(saved.items(), averages, strict=True):
-            _assign(scorer.model, weights)
-            scores.append(score("saved members", scorer, name, len(scores) + 1))
+    scorer = Trainer(network(optimizer))
+    put = KerasEvaluator(scorer.model, *test).assign
+
+    def evaluate(tensors: Tensors) -> dict[str, float]:
+        put(tensors)
+        return _both(scorer, train, test)
+
+    swept = sweep_checkpoints(trainer.member_paths, weightings, evaluate)
+    singles = [Score(row.members[0].name, "", 1, **row.metrics) for row in swept.of(SINGLE)]
+    saved = {
+        name: [Score("saved members", name, row.n, **row.metrics) for row in swept.of(name)] for name in weightings
+    }
 
     echo(_members_table(raw, singles))
     echo(_last_n_table(saved))
-    echo(_agreement(trainer, streaming, {name: s[-1] for name, s in saved.items()}, averages))
+    echo(_agreement(trainer, streaming, swept, scorer.model))
     echo(_verdict(raw, singles, saved))
 
     everything = [raw, *singles, *(s for scores in saved.values() for s in scores), *streaming.values()]
@@ -144,32 +155,10 @@ def network(optimizer: str) -> keras.Model:
     return model
 
 
-def last_n_averages(newest_first: Sequence[Path], model: keras.Model, alpha: float) -> Iterator[list[Weights]]:
-    """Yields for n = 1, 2, ... the averages of the last n members, with equal, linear and exponential weights.
-
-    Each file is read once, into `model`. Counted from the newest member, the equal sum grows by w_n, the linear one
-    (weights n, ..., 1) by the equal sum, and the exponential one by exp(-n / alpha) w_n.
-    """
-    equal: Weights = {}
-    linear: Weights = {}
-    exponential: Weights = {}
-    total = 0.0
-    for n, path in enumerate(newest_first, start=1):
-        model.load_weights(path)
-        weight = float(np.exp(-n / alpha))
-        total += weight
-        for variable in model.variables:
-            key, w = variable.path, variable.numpy().astype(np.float64)
-            equal[key] = equal.get(key, 0.0) + w
-            linear[key] = linear.get(key, 0.0) + equal[key]
-            exponential[key] = exponential.get(key, 0.0) + weight * w
-        sums = ((equal, n), (linear, n * (n + 1) / 2), (exponential, total))
-        yield [{key: value / norm for key, value in weights.items()} for weights, norm in sums]
-
-
-def _assign(model: keras.Model, weights: Mapping[str, NDArray[Any]]) -> None:
-    for variable in model.variables:
-        variable.assign(weights[variable.path])
+def _both(scored: Trainer, train: Data, test: Data, average: str | None = None) -> dict[str, float]:
+    """Returns accuracy and loss on the rows that train and on those that test, by the names of `Score`."""
+    of = {name: scored.evaluate(*data, average=average) for name, data in (("train", train), ("test", test))}
+    return {f"{data}_{metric}": of[data][metric] for metric in ("accuracy", "loss") for data in of}
 
 
 def _members_table(raw: Score, singles: Sequence[Score]) -> str:
@@ -187,15 +176,20 @@ def _last_n_table(saved: Mapping[str, Sequence[Score]]) -> str:
     )
 
 
-def _agreement(
-    trainer: Trainer, streaming: Mapping[str, Score], saved: Mapping[str, Score], averages: Sequence[Weights]
-) -> str:
-    rows, worst = [], 0.0
-    for (name, now), weights in zip(streaming.items(), averages, strict=True):
-        with trainer.averaged(name):
-            differences = [np.abs(v.numpy() - weights[v.path]).max() for v in trainer.model.variables]
-        worst = max(worst, *differences)
-        rows.append([name, now.n, now.train_accuracy, now.test_accuracy, saved[name].test_accuracy, max(differences)])
+def _agreement(trainer: Trainer, streaming: Mapping[str, Score], swept: SweepResult, model: keras.Model) -> str:
+    """Compares the streaming averages with exact ones of the saved members, written to files that Keras loads."""
+    rows: list[list[Any]] = []
+    worst = 0.0
+    with TemporaryDirectory() as folder:
+        for name, now in streaming.items():
+            newest = swept.of(name)[-1]
+            model.load_weights(swept.export(newest, Path(folder) / f"{len(rows)}.keras").output)
+            exact = {variable.path: variable.numpy() for variable in model.variables}
+            with trainer.averaged(name):
+                differences = [np.abs(v.numpy() - exact[v.path]).max() for v in trainer.model.variables]
+            worst = max(worst, *differences)
+            accuracy = newest.metrics["test_accuracy"]
+            rows.append([name, now.n, now.train_accuracy, now.test_accuracy, accuracy, max(differences)])
     headers = ["streaming average", "n", "train accuracy", "test accuracy", "test, from files", "largest difference"]
     table = tabulate(rows, headers, floatfmt=("", "d", ".3f", ".3f", ".3f", ".1e"))
     agree = "agree" if worst < 1e-5 else "DO NOT agree"  # float32 rounding of weights near 1: below 1e-6

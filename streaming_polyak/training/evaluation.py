@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
-from streaming_polyak.files.tensors import is_optimizer
+from streaming_polyak.files.tensors import DTYPES, is_optimizer
 from streaming_polyak.training.averages import unchanged
 from streaming_polyak.training.trainer import Trainer
 
@@ -82,13 +83,15 @@ class KerasEvaluator:
 
     def _locate(self, names: set[str]) -> dict[str, keras.Variable]:
         """Finds which variable has which name, by letting Keras save the model with a number of its own in each."""
-        tried: list[set[str]] = []
-        for suffix in (".weights.h5", ".h5"):
-            found = self._probe(suffix)
-            if found.keys() == names:
-                return found
-            tried.append(set(found))
-        missing, extra = sorted(tried[0] - names), sorted(names - tried[0])
+        found = self._probe(".weights.h5")
+        if found.keys() == names:
+            return found
+        if all(name.startswith("model_weights/") for name in names):
+            found = self._probe(".h5")
+            by_layer = {_without_model(name): variable for name, variable in found.items()}
+            if by_layer.keys() == {_without_model(name) for name in names} and len(by_layer) == len(names):
+                return {name: by_layer[_without_model(name)] for name in names}
+        missing, extra = sorted(found.keys() - names), sorted(names - found.keys())
         raise ValueError(
             f"Expected the tensors of model {self.model.name!r} under the names Keras gives them in files, but "
             + "; ".join(
@@ -126,11 +129,16 @@ class KerasEvaluator:
         return found
 
 
+def _without_model(name: str) -> str:
+    """Drops from a name in the legacy format what Keras calls a model by itself, such as "sequential_3"."""
+    return re.sub(r"^(model_weights/[^/]+)/(sequential|functional|model)(_\d+)?/", r"\1/", name)
+
+
 def _marked(dtype: str, shape: tuple[int, ...], number: int) -> NDArray[Any]:
     """Returns an array whose bits are a number; of floats these are tiny ones, so that nothing overflows."""
     if dtype == "bool":
         return np.full(shape, bool(number))
-    kind = np.dtype(keras.ops.convert_to_numpy(keras.ops.zeros((), dtype)).dtype)
+    kind = DTYPES[dtype]
     marked: NDArray[Any] = np.full(shape, number, np.dtype(f"u{kind.itemsize}")).view(kind).reshape(shape)
     return marked
 
