@@ -50,7 +50,8 @@ def test_members_score_as_the_models_they_were_saved_from(tmp_path, suffix, kind
         scores.append(Trainer(model).evaluate(x, y))
         paths.append(saved(model, tmp_path / f"{seed}{suffix}"))
     # The evaluated one is called something else, such as "sequential_1".
-    evaluator = KerasEvaluator(built(9, afresh=False, dropout=0.5, batch_norm=True, kind=kind), x, y)
+    model = built(9, afresh=False, dropout=0.5, batch_norm=True, kind=kind)
+    evaluator = KerasEvaluator(model, x, y, batch_size=32)  # as Trainer.evaluate, so that the sums are the same
     result = sweep_checkpoints(paths, [MEAN], evaluator)
     for row, score in zip(result.of("single"), reversed(scores), strict=True):
         assert row.metrics == score
