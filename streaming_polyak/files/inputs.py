@@ -58,7 +58,7 @@ def find_checkpoints(
 
 def natural(path: Path) -> tuple[tuple[int, int | str], ...]:
     """Returns a key that orders names with the numbers in them as numbers."""
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", str(path)) if part)
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", str(path)) if part)
 
 
 def _expand(item: str) -> list[Path]:

@@ -18,6 +18,7 @@ fixed places, so the bits do not depend on how the work is cut up or how many th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -58,11 +59,14 @@ class TileAverager:
     """
 
     def __init__(self, raw: Float64Array, allow_nonfinite: bool = False) -> None:
-        self._raw = [float(a) for a in raw]
-        self._fractions = [Fraction(a) for a in self._raw]
+        self._fractions = [Fraction(a) for a in raw]
         self._exact_total = sum(self._fractions, Fraction())
-        self._total = float(self._exact_total)
-        self._total_rest = float(self._exact_total - Fraction(self._total))
+        # A power of two makes the largest weight 1 or a bit more, so that sums of float32 cannot overflow or vanish.
+        exponent = math.frexp(max(raw))[1] - 1
+        self._raw = [math.ldexp(a, -exponent) for a in raw]
+        total = self._exact_total / Fraction(2) ** exponent
+        self._total = float(total)
+        self._total_rest = float(total - Fraction(self._total))
         self._allow = allow_nonfinite
         n = len(self._raw)
         self._error = (min(n, _GROUP) + -(-n // _GROUP) + 3) * _U * 1.01
@@ -162,10 +166,11 @@ class TileAverager:
         high, low, lost = np.zeros(size), np.zeros(size), np.zeros(size)
         underflow = np.zeros(size, bool)
         for i, a in enumerate(self._raw):
-            product = values(i)
+            product = w = values(i)
             if a != 1.0:
-                product, error = _two_product(product, a)
-                underflow |= (np.abs(product) < _SMALLEST) & ((product != 0) | (error != 0))
+                product, error = _two_product(w, a)
+                if self._fractions[i]:
+                    underflow |= ((np.abs(product) < _SMALLEST) | (a < _SMALLEST)) & (w != 0)
                 low += error
                 lost += np.abs(error)
             high, error = _two_sum(high, product)
@@ -225,8 +230,9 @@ def rounded(average: Float64Array, dtype: str) -> Array:
     single = average.astype(np.float32)
     bits = single.view(np.uint32)
     even = (single != average) & (bits & 1 == 0) & np.isfinite(single)
-    bits[even & (np.abs(single) > np.abs(average))] -= 1
-    bits[even & (np.abs(single) < np.abs(average))] += 1
+    larger = np.abs(single) > np.abs(average)  # before `bits`, a view of `single`, is changed
+    bits[even & larger] -= 1
+    bits[even & ~larger] += 1
     nan = np.isnan(single)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     rounded[nan] = 0x7FC0

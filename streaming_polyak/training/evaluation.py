@@ -31,7 +31,7 @@ class KerasEvaluator:
         x: arrays, a `tf.data.Dataset` or a PyDataset, as for `Trainer.evaluate`.
         y: targets, if `x` has none.
         sample_weight: weights of samples, if `x` has none.
-        batch_size: samples a step, for arrays. 256 by default, more than Keras' 32: nothing is kept for a gradient here.
+        batch_size: samples a step, for arrays. More than Keras' 32 by default, as nothing is kept for a gradient here.
 
     Raises:
         ValueError: the model is not built.

@@ -178,14 +178,15 @@ def read_directory(source: Source, allowed: Callable[[str], bool]) -> dict[str, 
         refuse("zip-directory", "its directory has more in it than the members.")
 
     members.sort(key=lambda member: member.header)
-    if (members[0].header if members else start) != 0:
+    begins = [*(member.header for member in members), start]
+    if begins[0] != 0:
         refuse("zip-before", "there is something before its first member.")
     for member, following in itertools.pairwise(members):
         if following.header < member.end:
             refuse("zip-overlap", f"it shares bytes with {following.name!r}.", member.name)
-    for member, end in zip(members, [*(member.header for member in members[1:]), start], strict=True):
-        if end != member.end:
-            refuse("zip-hole", f"{end - member.end} bytes behind it belong to no member.", member.name)
+    for member, begin in zip(members, begins[1:], strict=True):
+        if begin != member.end:
+            refuse("zip-hole", f"{begin - member.end} bytes behind it belong to no member.", member.name)
     return {member.name: member for member in members}
 
 

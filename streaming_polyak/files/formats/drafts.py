@@ -168,8 +168,10 @@ def _keras(plan: Plan) -> Draft:
             continue
         header = archive.local_header(old.name, old.size, old.crc32, old.modified, old.size >= 1 << 32)
         members.append(NewMember(old.name, at, old.size, old.crc32, old.modified, old.size >= 1 << 32))
-        source, start, _ = archive.in_place(structure.source, old)
+        source, start, mapped = archive.in_place(structure.source, old)
         at = _copy(source, start, old.size, file, file.write(header, at))
+        if not mapped:
+            source.close()
     # Room for metadata; whether the sizes take eight bytes has to be known before the size is.
     zip64 = sum(tensor.nbytes for tensor in plan.structure.tensors.values()) + (256 << 20) >= 1 << 32
     modified = structure.members[WEIGHTS].modified

@@ -228,7 +228,7 @@ def read_part(
                         tensor=name,
                     )
                 at = None if offset is None else part.start + offset
-                tensors[name] = Tensor(**common, offset=at, source=number)
+                tensors[name] = Tensor(**common, offset=at, source=number, mapped=part.source.unpacked is None)
     finally:
         os.close(fd)
     return answer["legacy"], tensors, read_provenance(answer["provenance"])

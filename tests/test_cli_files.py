@@ -1,0 +1,232 @@
+"""The commands on saved checkpoints: what they print, what they leave, how they end; without TensorFlow."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+
+from streaming_polyak.cli import main
+from streaming_polyak.files import tensors
+
+SCORES = """
+import math
+
+def closeness(given):
+    return {"loss": abs(float(given["w"][0]) - 2.0), "accuracy": 1.0 / (1.0 + float(given["w"][1]) ** 2)}
+
+def broken(given):
+    raise ValueError("no data to score on")
+
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_clock(monkeypatch):
+    monkeypatch.setattr(tensors, "_TICK_NS", 0)
+
+
+@pytest.fixture
+def members(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for epoch, value in ((9, 1.0), (10, 2.0), (11, 6.0)):
+        save_file(
+            {"w": np.array([value, value / 2, -value], np.float32), "step": np.array([epoch])},
+            f"epoch-{epoch}.safetensors",
+        )
+    (tmp_path / "score.py").write_text(SCORES)
+    return ["epoch-9.safetensors", "epoch-10.safetensors", "epoch-11.safetensors"]
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output
+    assert "Traceback" not in result.output
+    if result.exception is not None:
+        assert isinstance(result.exception, SystemExit)
+    return result
+
+
+def test_average_writes_the_average_and_says_what_it_took(members):
+    said = run("average", *members, "--output", "out.safetensors").stdout
+    np.testing.assert_array_equal(load_file("out.safetensors")["w"], np.array([3, 1.5, -3], np.float32))
+    assert load_file("out.safetensors")["step"] == 11
+    assert re.match(
+        r"out.safetensors: mean average of 3 checkpoints, 1 tensors with 3 numbers, 1 more from the newest\n"
+        r"\d+ B read, \d+ B written in \d\.\d\d s \(\d\.\d\d GB/s\), peak memory \d+\.\d MiB\n$",
+        said,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--weighting", "linear"], (1 + 2 * 2 + 3 * 6) / 6),
+        (["-w", "exponential:decay=0.5"], (0.25 * 1 + 0.5 * 2 + 6) / 1.75),
+        (["--weights", "0.5,0.3,0.2"], 0.5 * 1 + 0.3 * 2 + 0.2 * 6),
+        (["--last", "2"], 4.0),
+        (["--last", "2", "--weights", "3,1"], 3.0),
+        (["--memory", "8MiB"], 3.0),
+    ],
+)
+def test_average_takes_weightings_weights_and_the_newest(members, options, expected):
+    run("average", *members, "-o", "out.safetensors", *options)
+    assert load_file("out.safetensors")["w"][0] == np.float32(expected)
+
+
+def test_patterns_folders_and_lists_are_in_the_order_of_their_numbers(members, tmp_path):
+    (tmp_path / "list.txt").write_text("# oldest first\nepoch-9.safetensors\n\nepoch-10.safetensors\n")
+    for given, last in (("*.safetensors", 6.0), (".", 6.0), ("@list.txt", 2.0)):
+        run("average", given, "-o", "x/out.safetensors", "--last", "1", "--overwrite")
+        assert load_file("x/out.safetensors")["w"][0] == last
+    run("average", *sorted(members), "-o", "x/out.safetensors", "--last", "1", "--overwrite")
+    assert load_file("x/out.safetensors")["w"][0] == 1.0  # as given: epoch-9 is the last
+    run("average", *sorted(members), "-o", "x/out.safetensors", "--last", "1", "--overwrite", "--sort", "epoch")
+    assert load_file("x/out.safetensors")["w"][0] == 6.0
+
+
+def test_average_as_json_has_all_figures(members):
+    said = json.loads(run("average", *members, "-o", "out.safetensors", "--json").stdout)
+    assert said["output"] == "out.safetensors"
+    assert said["inputs"] == members
+    assert said["weights"] == pytest.approx([1 / 3] * 3)
+    assert {"bytes_read", "bytes_written", "seconds", "gigabytes_per_second", "peak_memory_bytes"} <= said.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["epoch-9.safetensors", "epoch-9.safetensors", "-o", "o.safetensors"], "it is the same file as"),
+        (["epoch-9.safetensors", "gone.safetensors", "-o", "o.safetensors"], "gone.safetensors: there is no such file"),
+        (["epoch-9.safetensors", "-o", "epoch-9.safetensors", "--overwrite"], "it is the input"),
+        (["epoch-9.safetensors", "-o", "epoch-10.safetensors"], "exists already. Choose another name, or give --over"),
+        (["epoch-9.safetensors", "-o", "o.pt"], "its name must end in .keras"),
+        (["epoch-9.safetensors", "-o", "o.keras"], "Give a .keras file of the model as the template"),
+        (["epoch-9.safetensors", "-o", "o.safetensors", "--memory", "1KiB"], r"a budget of at least .* Give \d+MiB"),
+        (["epoch-9.safetensors", "-o", "o.safetensors", "--last", "2"], "there are only 1"),
+        (["epoch-9.safetensors", "-o", "o.safetensors", "--weights", "1,2"], "a weight for each of the 1 checkpoints"),
+        (["score.py", "-o", "o.safetensors"], "score.py: it is no checkpoint of a known format"),
+    ],
+)
+def test_work_that_cannot_be_done_ends_with_one_and_leaves_everything(members, tmp_path, arguments, message):
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    result = run("average", *arguments, status=1)
+    assert result.stdout == ""
+    assert re.search(message, result.stderr)
+    assert result.stderr.startswith("Error: ")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["average", "-o", "o.safetensors"], "Missing argument 'CHECKPOINT...'"),
+        (["average", "a.keras"], "Missing option '-o' / '--output'"),
+        (["average", "a.keras", "-o", "b.keras", "-w", "cubic"], "Expected a weighting, one of"),
+        (["average", "a.keras", "-o", "b.keras", "--weights", "1;2"], "is not a list of numbers"),
+        (["average", "a.keras", "-o", "b.keras", "--weights", "1,2", "-w", "mean"], "give one of them"),
+        (["average", "a.keras", "-o", "b.keras", "--memory", "lots"], "Expected a size in bytes"),
+        (["sweep", "a.keras", "--evaluate", "nothing"], "is not of the form MODULE:FUNCTION"),
+        (["sweep", "a.keras", "--evaluate", "score.py:gone"], "cannot be loaded"),
+        (["sweep", "a.keras", "--evaluate", "no_such_module:f"], "cannot be loaded"),
+        (["sweep", "a.keras", "--evaluate", "score.py:number"], "is not callable"),
+        (["inspect"], "Missing argument 'FILE...'"),
+    ],
+)
+def test_wrong_usage_ends_with_two(members, arguments, message):
+    result = run(*arguments, status=2)
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", ["average", "sweep", "inspect", "verify"])
+def test_help_shows_examples(command):
+    said = run(command, "--help").stdout
+    assert f"Examples:\n    streaming-polyak {command} " in said
+
+
+def test_sweep_prints_a_table_and_a_verdict_and_writes_what_is_asked_for(members, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = ["--csv", "rows.csv", "--plot", "rows.png", "--export-best", "best.safetensors"]
+    result = run("sweep", *members, "--evaluate", "score.py:closeness", "-w", "mean", "-w", "linear", *options)
+    assert result.stdout.splitlines()[0].split() == ["weighting", "n", "newest", "member", "loss", "accuracy"]
+    assert "Best single member: epoch-10.safetensors with loss 0." in result.stdout
+    assert "No average of two or more members (mean, linear) beats it" in result.stdout
+    with (tmp_path / "rows.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 9
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+    assert load_file("best.safetensors")["w"][0] == 2.0
+    assert "best.safetensors: weights average of 1 checkpoints" in result.stdout
+
+
+def test_sweep_by_another_metric_as_json(members):
+    arguments = ["--evaluate", "score:closeness", "--metric", "accuracy", "--weights", "1,1,2", "--json"]
+    said = json.loads(run("sweep", *members, *arguments, "--export-best", "best.safetensors").stdout)
+    assert len(said["rows"]) == 6
+    assert said["weightings"] == {"weights": [1, 1, 2]}
+    assert "with accuracy 0.8" in said["verdict"]
+    assert load_file("best.safetensors")["w"][0] == 1.0
+
+
+def test_an_error_of_the_evaluation_is_told(members):
+    assert "no data to score on" in run("sweep", *members, "--evaluate", "score.py:broken", status=1).stderr
+
+
+def test_sweep_does_not_begin_when_the_export_is_in_the_way(members):
+    arguments = ["--evaluate", "score.py:broken", "--export-best", members[0]]
+    assert "give --overwrite" in run("sweep", *members, *arguments, status=1).stderr
+
+
+def test_inspect_shows_tensors_and_what_differs(members):
+    said = run("inspect", members[0]).stdout
+    assert "epoch-9.safetensors: safetensors, " in said
+    assert re.search(r"^w +float32 +3 +12 +in place$", said, re.MULTILINE)
+    assert re.search(r"^step +int64 +1 +8 +in place$", said, re.MULTILINE)
+    save_file({"w": np.zeros((2, 2)), "extra": np.zeros(1)}, "other.safetensors")
+    said = run("inspect", *members[:2], "other.safetensors").stdout
+    assert "epoch-10.safetensors has the same tensors as epoch-9.safetensors" in said
+    assert "w: float64 (2, 2) in other.safetensors, float32 (3,) in epoch-9.safetensors" in said
+    assert "step: missing in other.safetensors" in said
+    assert "extra: only in other.safetensors" in said
+    said = json.loads(run("inspect", *members[:2], "--json").stdout)
+    assert said["files"][0]["tensors"][0].keys() == {"name", "dtype", "shape", "bytes", "in_place", "optimizer"}
+    assert said["differences"] == [{"path": members[1], "lines": []}]
+
+
+def test_verify_tells_good_from_damaged(members, tmp_path):
+    run("average", *members, "-o", "out.safetensors")
+    said = run("verify", *members, "out.safetensors").stdout
+    assert "epoch-9.safetensors: good. safetensors, 2 tensors" in said
+    assert "the format has no checksums" in said
+    assert re.search(r"out.safetensors: good.* 1 checksums hold; mean average of 3 checkpoints", said)
+    damaged = bytearray((tmp_path / "out.safetensors").read_bytes())
+    damaged[-3] ^= 4
+    (tmp_path / "bad.safetensors").write_bytes(damaged)
+    save_file({"w": np.array([np.inf], np.float32)}, "inf.safetensors")
+    result = run("verify", members[0], "bad.safetensors", "inf.safetensors", "score.py", status=1)
+    assert "epoch-9.safetensors: good" in result.stdout
+    assert "bad.safetensors: the CRC-32 of its tensors is" in result.stderr
+    assert "inf.safetensors, tensor 'w': it holds NaN or infinity" in result.stderr
+    assert "score.py: it is no checkpoint of a known format" in result.stderr
+    said = json.loads(run("verify", members[0], "bad.safetensors", "--json", status=1).stdout)
+    assert [entry["ok"] for entry in said] == [True, False]
+
+
+def test_none_of_these_commands_imports_tensorflow(members):
+    program = (
+        "import sys\nfrom streaming_polyak.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "assert not {'tensorflow', 'keras', 'matplotlib', 'h5py'} & set(sys.modules)\n"
+    )
+    for arguments in (
+        ["average", *members, "-o", "out.safetensors"],
+        ["sweep", *members, "--evaluate", "score.py:closeness"],
+        ["inspect", *members],
+        ["verify", "out.safetensors"],
+    ):
+        subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)
