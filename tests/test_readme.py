@@ -1,10 +1,14 @@
 """What the README shows runs as it stands."""
 
+import io
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -42,3 +46,27 @@ def test_the_example_of_the_loop_is_fifteen_lines():
 def test_help_commands_run(command):
     done = subprocess.run([sys.executable, "-m", "streaming_polyak", *command.split()[1:]], capture_output=True)
     assert done.returncode == 0
+
+
+def test_the_commands_on_checkpoints_run_as_they_stand(tmp_path):
+    section = README.partition("## Averaging saved checkpoints")[2].partition("\n## ")[0]
+    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1]
+    commands = [line for line in block.splitlines() if line.startswith("streaming-polyak ")]
+    assert len(commands) >= 5
+    (tmp_path / "run").mkdir()
+    for epoch in range(3):
+        weights = io.BytesIO()
+        with h5py.File(weights, "w") as file:
+            file["layers/dense/vars/0"] = np.full((2, 3), epoch, np.float32)
+        with zipfile.ZipFile(tmp_path / "run" / f"epoch-{epoch}.keras", "w") as archive:
+            archive.writestr("metadata.json", "{}")
+            archive.writestr("config.json", "{}")
+            archive.writestr("model.weights.h5", weights.getvalue())
+    (tmp_path / "score.py").write_text("def evaluate(given):\n    return float(given['layers/dense/vars/0'][0, 0])\n")
+    command = Path(sys.executable).with_name("streaming-polyak")
+    for line in commands:
+        shell = line.replace("streaming-polyak", str(command), 1)
+        done = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (line, done.stderr)
+        assert done.stdout, line
+    assert {"average.keras", "average.safetensors", "sweep.csv", "best.keras"} <= {p.name for p in tmp_path.iterdir()}

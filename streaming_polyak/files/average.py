@@ -1,6 +1,6 @@
 """Averages saved checkpoints out of core: any number of any size, in memory that depends on neither.
 
-All inputs are open at once and none is ever loaded: the tensors pass in tiles of 65,536 elements, for each tile the
+All inputs are open at once and none is ever loaded: the tensors pass in tiles of 131,072 elements, for each tile the
 same range of every file is read and added up, and the tile of the average goes to its place in the new file. The result
 is within one unit in the last place of the exact weighted average (see `summation`), and has the same bits whatever the
 budget and the number of threads.
@@ -15,6 +15,7 @@ import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -37,12 +38,12 @@ from streaming_polyak.files.pieces import Piece, Segment
 from streaming_polyak.files.storage import Storage
 from streaming_polyak.files.summation import TILE, NonFiniteInput, TileAverager
 from streaming_polyak.files.tensors import Tensor, TensorTable, UnpackedSource, differences, is_optimizer
-from streaming_polyak.files.verify import data_crc32, read_all
+from streaming_polyak.files.verify import content_crc32, read_all
 from streaming_polyak.weighting import MEAN, Weighting
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
-_THREAD_BYTES = summation.BYTES + (3 << 19)
+_THREAD_BYTES = 3 << 19  # of a thread, besides its tiles
 _KEPT_BYTES = 2 << 20
 _COPY_BYTES = 1 << 20
 
@@ -175,7 +176,7 @@ def average_checkpoints(
             "weighting": words,
             "accumulated_in": "float64, within 1 unit in the last place",
             "optimizer": optimizer,
-            "data_crc32": "0" * 8,
+            "content_crc32": "0" * 8,
             "inputs": [
                 {"name": path.name, "bytes": size, "crc32": "0" * 8, "weight": weight}
                 for path, size, weight in zip(found, inputs.sizes, (raw / raw.sum()).tolist(), strict=True)
@@ -224,8 +225,6 @@ class _Worker:
         self.averager = TileAverager(raw, allow_nonfinite)
         self.stored = np.empty(8 * TILE, np.uint8)
         self.converted = np.empty(8 * TILE, np.uint8)
-        self.crcs = np.zeros(len(raw), np.uint32)
-        self.castagnoli = np.zeros(len(raw), np.uint32)
 
 
 class _Job:
@@ -269,12 +268,15 @@ class _Job:
             for i, entry in enumerate(plan.provenance["inputs"]):
                 entry["crc32"] = f"{crcs[i]:08x}"
             if not draft.castagnoli:
-                sizes = {name: place.nbytes for name, place in draft.places.items()}
-                plan.provenance["data_crc32"] = f"{data_crc32(digests, sizes, plan.structure.format):08x}"
+                crc = content_crc32(plan.provenance, draft.places.values(), digests, plan.structure.format)
+                plan.provenance["content_crc32"] = f"{crc:08x}"
             draft.finish(digests, plan.provenance)
+            with ThreadPoolExecutor(1) as pool:
+                synced = pool.submit(draft.sync)  # takes as long as reading back, and waits for another device
+                self._read_back(final, plan, draft, digests)
+                synced.result()
         finally:
             draft.close()
-        self._read_back(final, plan, draft, digests)
         return {
             "averaged": len(inputs.averaged),
             "copied": copied,
@@ -291,20 +293,27 @@ class _Job:
         place = draft.places[tensor.name]
         itemsize, file = inputs.itemsize(k), draft.files[place.source]
         assert place.offset is not None
-        worker.crcs.fill(0)
-        worker.castagnoli.fill(0)
+        # This loop runs for every 256 KB of every input, and Python's share of it is done by one thread at a time: what
+        # does not change is looked up before.
+        where = inputs.places(k)
+        crcs, castagnoli = [0] * len(where), [0] * len(where)
+        stored, converted, plain = worker.stored, worker.converted, tensor.dtype == "float32"
+        as_float32 = stored.view(np.float32)
         checksum, written = (crc32c if draft.castagnoli else crc32), 0
         for begin_at in range(lo, hi, TILE):
             size = min(TILE, hi - begin_at)
 
             def load(i: int, begin_at: int = begin_at, size: int = size) -> NDArray[Any]:
-                raw = worker.stored[: size * itemsize]
+                source, offset, big_endian = where[i]
+                raw = stored[: size * itemsize]
                 view = raw.data
-                inputs.read_into(i, k, view, begin_at)
-                worker.crcs[i] = crc32(view, int(worker.crcs[i]))
+                source.read_into(view, offset + begin_at * itemsize)
+                crcs[i] = crc32(view, crcs[i])
                 if self._has_castagnoli:
-                    worker.castagnoli[i] = crc32c(view, int(worker.castagnoli[i]))
-                return as_floats(raw, tensor.dtype, bool(inputs.big_endian[i, k]), worker.converted)
+                    castagnoli[i] = crc32c(view, castagnoli[i])
+                if plain and not big_endian:
+                    return as_float32[:size]
+                return as_floats(raw, tensor.dtype, big_endian, converted)
 
             def reload(i: int, first: int, end: int, begin_at: int = begin_at) -> NDArray[Any]:
                 raw = np.empty((end - first) * itemsize, np.uint8)
@@ -326,9 +335,9 @@ class _Job:
             file.write(data, place.offset + begin_at * itemsize)
             written = checksum(data, written)
         self._written[number] = written
-        self._crcs[:, number] = worker.crcs
+        self._crcs[:, number] = crcs
         if self._has_castagnoli:
-            self._castagnoli[:, number] = worker.castagnoli
+            self._castagnoli[:, number] = castagnoli
         self._meter.add((hi - lo) * itemsize * len(inputs.paths))
 
     def _digests(self, draft: Draft) -> dict[str, int]:
@@ -422,7 +431,9 @@ def _raw_weights(
     raw = np.asarray(weights, dtype=np.float64)
     if raw.shape != (len(found),):
         raise ValueError(f"Expected a weight for each of the {len(found)} checkpoints, got {raw.size} weights.")
-    if not (np.all(np.isfinite(raw)) and np.all(raw >= 0) and 0 < raw.sum() < np.inf):
+    with np.errstate(over="ignore"):
+        total = raw.sum()
+    if not (np.all(np.isfinite(raw)) and np.all(raw >= 0) and 0 < total < np.inf):
         raise ValueError(f"Expected finite weights >= 0 that are not all zero, got {list(weights)}.")
     return raw, "weights"
 
@@ -471,10 +482,14 @@ def _check_output(output: Path, format: str, inputs: CheckpointSet, overwrite: b
 def _threads(budget: int, inputs: CheckpointSet) -> int:
     pieces_kept = 4 * len(inputs.paths) * max(1, sum(t.size for t in inputs.averaged) // pieces.PIECE)
     fixed = _KEPT_BYTES + inputs.kept_bytes + pieces_kept
-    least = fixed + _THREAD_BYTES
+    itemsize = max(tensor.stored_dtype.itemsize for tensor in inputs.averaged)
+    converted = any(tensor.dtype != "float32" for tensor in inputs.averaged) or bool(inputs.big_endian.any())
+    sums = 2 + (len(inputs.paths) > summation.GROUP)
+    each = TILE * (8 * sums + 8 * converted + 2 * itemsize) + _THREAD_BYTES
+    least = fixed + each
     if budget < least:
         raise ValueError(
             f"Expected a budget of at least {format_bytes(least)} for {len(inputs.paths)} checkpoints of "
             f"{len(inputs.averaged)} tensors, got memory={format_bytes(budget)}. Give {-(-least // 2**20)}MiB or more."
         )
-    return max(1, min(cpus(), (budget - fixed) // _THREAD_BYTES))
+    return max(1, min(cpus(), (budget - fixed) // each))

@@ -6,6 +6,7 @@ bytes a tensor.
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
-from streaming_polyak.files.tensors import FLOATS, TensorTable, UnpackedSource, differences, is_optimizer
+from streaming_polyak.files.tensors import FLOATS, Source, TensorTable, UnpackedSource, differences, is_optimizer
 
 _OPEN_FILES = 64  # descriptors left for everything else
 
@@ -63,12 +64,13 @@ class CheckpointSet:
         self.tables: list[TensorTable] = []
         self.sizes: list[int] = []
         seen: dict[tuple[int, int], Path] = {}
+        free = _free_descriptors()
         for i, path in enumerate(paths):
             table = self.newest if i == len(paths) - 1 else open_checkpoint(path, parser)
             stack.callback(table.close)
-            for j, source in enumerate(table.sources):
-                if j >= 1 and source.identity == table.sources[0].identity:
-                    continue  # the same file, unpacked
+            for source in table.sources:
+                if isinstance(source, UnpackedSource):
+                    continue  # made of one of the others
                 key = source.identity[0], source.identity[1]
                 if key in seen:
                     raise CheckpointError(
@@ -94,7 +96,10 @@ class CheckpointSet:
                 table.tensors = {} if table.format not in ("tf_checkpoint", "saved_model") else table.tensors
                 table.layout = None
             self.tables.append(table)
-        self._keep_open()
+            for source in table.sources:
+                free -= 1
+                if free < 0 and not isinstance(source, UnpackedSource):
+                    source.close()  # it is opened anew for each read
 
     @property
     def kept_bytes(self) -> int:
@@ -106,6 +111,19 @@ class CheckpointSet:
         source = self.tables[i].sources[self.source_numbers[i, k]]
         source.read_into(buffer, int(self.offsets[i, k]) + first * self.itemsize(k))
 
+    def places(self, k: int) -> list[tuple[Source, int, bool]]:
+        """Returns of each input in which file an averaged tensor stands, from which byte on, and if big-endian."""
+        return [
+            (table.sources[number], offset, big_endian)
+            for table, number, offset, big_endian in zip(
+                self.tables,
+                self.source_numbers[:, k].tolist(),
+                self.offsets[:, k].tolist(),
+                self.big_endian[:, k].tolist(),
+                strict=True,
+            )
+        ]
+
     def itemsize(self, k: int) -> int:
         """Bytes of an element."""
         return self.averaged[k].stored_dtype.itemsize
@@ -115,17 +133,14 @@ class CheckpointSet:
         for table in self.tables:
             table.check_unchanged()
 
-    def _keep_open(self) -> None:
-        """Lets files be opened anew for each read where there are more than the process may have open."""
-        try:
-            import resource
-        except ImportError:
-            return
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        sources = [source for table in self.tables for source in table.sources]
-        for source in sources[max(0, limit - _OPEN_FILES) :]:
-            if not isinstance(source, UnpackedSource):
-                source.close()
+
+def _free_descriptors() -> int:
+    """Returns how many files may be kept open."""
+    try:
+        import resource
+    except ImportError:
+        return sys.maxsize
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OPEN_FILES
 
 
 def as_floats(raw: NDArray[np.uint8], dtype: str, big_endian: bool, buffer: NDArray[np.uint8]) -> NDArray[Any]:

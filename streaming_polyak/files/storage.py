@@ -49,6 +49,10 @@ class NewFile:
         """Sets the size; what was never written reads as zeros."""
         os.ftruncate(self.fd, size)
 
+    def sync(self) -> None:
+        """Waits until the disk has all that was written."""
+        os.fsync(self.fd)
+
     def close(self) -> None:
         """Closes the file; it can be closed twice."""
         if self.fd >= 0:

@@ -448,7 +448,7 @@ def read_json(source: Source, data: bytes, what: str) -> Any:
 def read_provenance(text: str | bytes | None) -> dict[str, Any] | None:
     """Returns what an average says of its making; `None` if there is nothing, or nothing readable."""
     try:
-        said = json.loads(text) if text else None
+        said = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text) if text else None
     except (ValueError, RecursionError):
         return None
     return said if isinstance(said, dict) else None

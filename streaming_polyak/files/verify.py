@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from streaming_polyak.errors import NonFiniteError
 from streaming_polyak.files import pieces
 from streaming_polyak.files.checksums import crc32, crc32_combine, crc32c, crc32c_combine
 from streaming_polyak.files.formats import open_checkpoint
+from streaming_polyak.files.formats.archive import STORED, in_place
 from streaming_polyak.files.formats.hdf5 import Parser
+from streaming_polyak.files.formats.keras_archive import WEIGHTS, KerasArchive
 from streaming_polyak.files.meter import Meter, cpus, format_bytes
 from streaming_polyak.files.pieces import Piece, Segment
 from streaming_polyak.files.summation import TILE
@@ -108,8 +111,9 @@ def verify_checkpoint(path: str | os.PathLike[str], *, progress: bool = False) -
             )
         if not any(t.dtype in FLOATS and not is_optimizer(name, table.format) for name, t in table.tensors.items()):
             raise table.refuse("no-floats", "it has no floating tensor that could be averaged.")
+        checked = reading.checked + _check_deflated(table)
         return Verified(
-            table.path, table.format, len(table.tensors), reading.size, reading.crc32, reading.checked, table.provenance
+            table.path, table.format, len(table.tensors), reading.size, reading.crc32, checked, table.provenance
         )
 
 
@@ -184,24 +188,62 @@ def read_all(table: TensorTable, threads: int, *, castagnoli: bool = False, mete
             reading.crc32 = crc32_combine(reading.crc32, crc, source.size)
             reading.size += source.size
     reading.digests = second if castagnoli else plain
-    said = (table.provenance or {}).get("data_crc32")
+    provenance = table.provenance or {}
+    said = provenance.get("content_crc32")
     if isinstance(said, str) and not castagnoli and said != "0" * 8:
-        crc = data_crc32(plain, {tensor.name: tensor.nbytes for tensor in stored}, table.format)
+        crc = content_crc32(provenance, stored, plain, table.format)
         if f"{crc:08x}" != said:
             raise table.refuse(
-                "damaged", f"the CRC-32 of its tensors is {crc:08x}, not {said} as it says: the file is damaged."
+                "damaged",
+                f"the CRC-32 of its tensors and of what it says of its making is {crc:08x}, not {said} as it says: the "
+                "file is damaged.",
             )
         reading.checked += 1
     return reading
 
 
-def data_crc32(digests: Mapping[str, int], sizes: Mapping[str, int], format: str) -> int:
-    """Returns the CRC-32 of the data of all tensors of the model, in the order of their names."""
-    crc = 0
-    for name in sorted(sizes):
-        if not is_optimizer(name, format):
-            crc = crc32_combine(crc, digests[name], sizes[name])
+def _check_deflated(table: TensorTable) -> int:
+    """Checks the deflated members of an archive; returns how many there are.
+
+    Those with tensors in them were checked when they were inflated, to read the tensors.
+    """
+    if table.format == "npz":
+        return len(table.tensors) - len(table.checksums)
+    if not isinstance(table.layout, KerasArchive):
+        return 0
+    deflated = [member for member in table.layout.members.values() if member.method != STORED]
+    for member in deflated:
+        if member.name != WEIGHTS:
+            in_place(table.layout.source, member)[0].close()
+    return len(deflated)
+
+
+def content_crc32(
+    provenance: Mapping[str, Any], tensors: Iterable[Tensor], digests: Mapping[str, int], format: str
+) -> int:
+    """Returns the CRC-32 of what an average says of its making and of all tensors of the model.
+
+    Of a tensor that is its name, dtype and shape, and its data; in the order of the names.
+
+    Args:
+        provenance: what it says; the CRC-32 itself is left out.
+        tensors: of the checkpoint.
+        digests: CRC-32 of the data of each, by name.
+        format: of the checkpoint.
+    """
+    crc = crc32(_canonical({key: value for key, value in provenance.items() if key != "content_crc32"}))
+    for tensor in sorted(tensors, key=lambda t: t.name):
+        if not is_optimizer(tensor.name, format):
+            crc = crc32(f"{tensor.name} {tensor.describe()}".encode(), crc)
+            crc = crc32_combine(crc, digests[tensor.name], tensor.nbytes)
     return crc
+
+
+def _canonical(said: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(said, sort_keys=True).encode()
+    except RecursionError:  # nested so deep that it could just be read: none of ours
+        return b""
 
 
 def _as_numbers(tensor: Tensor) -> Any:

@@ -38,7 +38,6 @@ FORMATS = {
 _COPY_BYTES = 1 << 20
 _UNALLOCATED_BYTES = 1 << 32  # Keras takes a larger dataset without stored data for an attack
 _WRITE_SECONDS = 120.0
-_MODEL_OF = {"keras": Hdf5Part, "h5": Hdf5Part}
 
 Digests = Mapping[str, int]
 Optimizer = Literal["drop", "newest"]
@@ -60,6 +59,11 @@ class Draft:
     files: list[NewFile]
     finish: Callable[[Digests, dict[str, Any]], None]
     castagnoli: bool = False
+
+    def sync(self) -> None:
+        """Waits until the disk has all that was written."""
+        for file in self.files:
+            file.sync()
 
     def close(self) -> None:
         """Closes the files."""
@@ -119,10 +123,14 @@ def check_structure(format: str, output: Path, newest: TensorTable, structure: T
         CheckpointError: it has not; the message says what to give as a template.
     """
     layout = structure.layout
+    in_keras, in_hdf5 = isinstance(layout, KerasArchive), isinstance(layout, Hdf5Part)
+    # Keras tells its two layouts of HDF5 by the name of the file alone.
+    of_new_layout = in_hdf5 and (structure.format != "h5" or structure.path.name.endswith(".weights.h5"))
+    of_old_layout = in_hdf5 and (structure.format == "h5" or not structure.path.name.endswith(".weights.h5"))
     needs = {
-        "keras": (isinstance(layout, KerasArchive), "a .keras file of the model"),
-        "weights.h5": (isinstance(layout, (KerasArchive, Hdf5Part)), "a .keras or .weights.h5 file of the model"),
-        "h5": (isinstance(layout, (KerasArchive, Hdf5Part)), "an .h5 file of the model"),
+        "keras": (in_keras, "a .keras file of the model"),
+        "weights.h5": (in_keras or of_new_layout, "a .keras or .weights.h5 file of the model"),
+        "h5": (of_old_layout, "an .h5 file of the model"),
         "weights.json": (isinstance(layout, Shards), "a .weights.json store of the model"),
         "tf_checkpoint": (structure.format == "tf_checkpoint", "a TensorFlow checkpoint of the model"),
         "saved_model": (structure.format == "saved_model", "a SavedModel folder of the model"),
@@ -132,8 +140,8 @@ def check_structure(format: str, output: Path, newest: TensorTable, structure: T
         raise CheckpointError(
             "template",
             output,
-            f"a file of this kind holds more than tensors, and {structure.path} ({structure.format}) has none of that. "
-            f"Give {template} as the template.",
+            f"a file of this kind holds more than tensors, and {structure.path} ({structure.format}) does not have the "
+            f"rest. Give {template} as the template.",
         )
     if format == "npz" and any(tensor.dtype == "bfloat16" for tensor in newest.tensors.values()):
         raise CheckpointError("output-format", output, "npz cannot hold bfloat16. Use .safetensors.")

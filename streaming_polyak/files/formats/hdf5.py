@@ -81,7 +81,7 @@ class Parser:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-            "HDF5_PLUGIN_PRELOAD": "::",  # no filter plugins, says the HDF5 manual
+            "HDF5_PLUGIN_PRELOAD": "::",  # no plugins
             "OPENBLAS_NUM_THREADS": "1",
         }
         with theirs:
