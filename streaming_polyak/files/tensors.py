@@ -220,7 +220,7 @@ class Tensor:
         name: unique in its table, such as "layers/dense/vars/0".
         dtype: a key of `DTYPES`, or "string" (which is only ever copied as it is).
         shape: of the tensor.
-        offset: of its first byte in its source; `None` if nothing is stored for it (then all of it is `fill`).
+        offset: of its first byte in its source; `None` if nothing is stored for it (then all of it is zeros).
         nbytes: how many bytes.
         source: number of its source in the table.
         big_endian: the byte order of the stored data.

@@ -58,7 +58,7 @@ class Parser:
     """
 
     def __init__(self, seconds: float = TABLE_SECONDS) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._socket: socket.socket | None = None
@@ -122,7 +122,7 @@ class Parser:
         """
         self.start()
         assert self._socket is not None
-        limit = self._seconds if seconds is None else seconds
+        limit = self.seconds if seconds is None else seconds
         data = json.dumps({"do": do, "seconds": limit, **request}).encode()
         try:
             self._socket.settimeout(_START_SECONDS)
@@ -243,7 +243,7 @@ def _unpack(
     target = to.duplicate()
     try:
         os.lseek(target, begin, os.SEEK_SET)
-        seconds = TABLE_SECONDS + tensor["nbytes"] / 2e6  # 2 MB/s is slow even for deflate on a slow disk
+        seconds = parser.seconds + tensor["nbytes"] / 2e6  # 2 MB/s is slow even for deflate on a slow disk
         parser.ask(path, "unpack", [fd, target], seconds, name=tensor["name"], **where)
         to.size = os.fstat(target).st_size
     finally:
