@@ -6,10 +6,11 @@ Exit status: 0 done; 1 the work could not be done, with the reason on the error 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,12 +217,23 @@ def sweep(
     chosen: list[Weighting | tuple[float, ...]] = list(weightings)
     if weights is not None:
         chosen.append(weights)
-    if export_best is not None and export_best.exists() and not overwrite:  # before, not after, hours of work
+    # What can be seen to fail is told before, not after, hours of work.
+    if export_best is not None and export_best.exists() and not overwrite:
         raise FileExistsError(
             f"{export_best} exists already. Choose another name, or pass overwrite=True to replace it."
         )
+    if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib. Install streaming_polyak[plots].")
+    evaluate = _load(function)
+
+    def checked(tensors: Any) -> Any:
+        metrics = evaluate(tensors)
+        if metric is not None and isinstance(metrics, Mapping) and metric not in metrics:
+            raise ValueError(f"Expected a metric of {', '.join(metrics)}; got --metric {metric}.")
+        return metrics
+
     result = sweep_checkpoints(
-        checkpoints, chosen or [MEAN, LINEAR, Exponential(alpha=2)], _load(function), progress=True, **options
+        checkpoints, chosen or [MEAN, LINEAR, Exponential(alpha=2)], checked, progress=True, **options
     )
     best = result.best(metric, mode=mode)
     if csv_path is not None:

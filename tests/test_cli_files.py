@@ -177,6 +177,17 @@ def test_an_error_of_the_evaluation_is_told(members):
     assert "no data to score on" in run("sweep", *members, "--evaluate", "score.py:broken", status=1).stderr
 
 
+def test_a_metric_that_does_not_exist_is_told_at_the_first_evaluation(members):
+    result = run("sweep", *members, "--evaluate", "score.py:closeness", "--metric", "acuracy", status=1)
+    assert "Expected a metric of loss, accuracy; got --metric acuracy" in result.stderr
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_work(members, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("sweep", *members, "--evaluate", "score.py:broken", "--plot", "rows.png", status=1)
+    assert "--plot needs matplotlib. Install streaming_polyak[plots]" in result.stderr
+
+
 def test_sweep_does_not_begin_when_the_export_is_in_the_way(members):
     arguments = ["--evaluate", "score.py:broken", "--export-best", members[0]]
     assert "give --overwrite" in run("sweep", *members, *arguments, status=1).stderr
