@@ -14,7 +14,8 @@ from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Polynomial, We
 if TYPE_CHECKING:
     from streaming_polyak.files.average import AverageReport, average_checkpoints
     from streaming_polyak.files.inspection import Inspection, inspect_checkpoints
-    from streaming_polyak.files.sweep import SweepResult, SweepRow, sweep_checkpoints
+    from streaming_polyak.files.sweep import sweep_checkpoints
+    from streaming_polyak.files.sweep_result import SweepResult, SweepRow
     from streaming_polyak.files.verify import Verified, verify_checkpoint
     from streaming_polyak.training.evaluation import KerasEvaluator
     from streaming_polyak.training.history import History
@@ -54,7 +55,8 @@ _LAZY = {
     for module, names in {
         "streaming_polyak.files.average": ("AverageReport", "average_checkpoints"),
         "streaming_polyak.files.inspection": ("Inspection", "inspect_checkpoints"),
-        "streaming_polyak.files.sweep": ("SweepResult", "SweepRow", "sweep_checkpoints"),
+        "streaming_polyak.files.sweep": ("sweep_checkpoints",),
+        "streaming_polyak.files.sweep_result": ("SweepResult", "SweepRow"),
         "streaming_polyak.files.verify": ("Verified", "verify_checkpoint"),
         "streaming_polyak.training.evaluation": ("KerasEvaluator",),
         "streaming_polyak.training.history": ("History",),

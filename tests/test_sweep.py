@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from streaming_polyak import LINEAR, MEAN, CheckpointError, Exponential, NonFiniteError, Polynomial, sweep_checkpoints
 from streaming_polyak.files import tensors
-from streaming_polyak.files.sweep import SINGLE
+from streaming_polyak.files.sweep_result import SINGLE
 from streaming_polyak.files.tensors import Source
 
 WEIGHTINGS = {

@@ -32,7 +32,8 @@ from streaming_polyak import (
     sweep_checkpoints,
 )
 from streaming_polyak.files.storage import write_csv
-from streaming_polyak.files.sweep import SINGLE, Tensors
+from streaming_polyak.files.sweep import Tensors
+from streaming_polyak.files.sweep_result import SINGLE
 
 Data: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
