@@ -242,7 +242,9 @@ def sweep(
         result.plot(plot_path, metric)
     verdict = result.verdict(metric, mode=mode)
     click.echo(
-        json.dumps({**result.to_json(), "verdict": verdict}, indent=1) if as_json else f"{result.table()}\n\n{verdict}"
+        json.dumps({**result.to_json(), "verdict": verdict}, indent=1)
+        if as_json
+        else f"{result.table(metric, mode=mode)}\n\n{verdict}"
     )
     if export_best is not None:
         click.echo(str(result.export(best, export_best, overwrite=overwrite)), err=as_json)

@@ -171,7 +171,10 @@ def test_the_result_is_csv_json_a_table_and_names_the_best(tmp_path):
     lines = result.table().splitlines()
     assert lines[0].split() == ["weighting", "n", "newest", "member", "loss", "accuracy"]
     assert len({line.find("member-") for line in lines[1:]}) == 1  # aligned
-    assert [line for line in lines if line.endswith("best")] != []
+    for metric, mode in ((None, "auto"), ("accuracy", "auto"), ("accuracy", "min")):
+        marked = [line.split() for line in result.table(metric, mode=mode).splitlines() if line.endswith("best")]
+        best = result.best(metric, mode=mode)
+        assert [line[:3] for line in marked] == [[best.weighting, str(best.n), best.members[-1].name]]
 
 
 def test_the_plot_is_a_picture(tmp_path):

@@ -116,9 +116,11 @@ class SweepResult:
             f"{best.weighting} of the last {best.n}, has {best.metrics[metric]:.6g}."
         )
 
-    def table(self) -> str:
-        """Returns all rows as an aligned table, the best one by the first metric marked."""
-        best = self.best() if any(not math.isnan(row.metrics[self.metrics[0]]) for row in self.rows) else None
+    def table(self, metric: str | None = None, *, mode: Literal["auto", "min", "max"] = "auto") -> str:
+        """Returns all rows as an aligned table, the best one by a metric (`None`: the first) marked."""
+        metric = self._metric(metric)
+        scored = any(not math.isnan(row.metrics[metric]) for row in self.rows)
+        best = self.best(metric, mode=mode) if scored else None
         rows = [
             [row.weighting, row.n, row.members[-1].name, *row.metrics.values(), "best" if row is best else ""]
             for row in self.rows
