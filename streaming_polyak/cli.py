@@ -77,7 +77,7 @@ _PATH = click.Path(path_type=Path)
 _checkpoints = click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 _last = click.option("--last", type=click.IntRange(1), metavar="N", help="Only the newest N.")
 _sort = click.option(
-    "--sort", type=click.Choice(["epoch"]), help="Order by the last number in the names. [default: as given]"
+    "--sort", type=click.Choice(["epoch"]), help="Order by the epochs in the names. [default: as given]"
 )
 _allow_nonfinite = click.option("--allow-nonfinite", is_flag=True, help="Take NaN and infinity too.")
 _WEIGHTINGS = "mean, linear, polynomial:POWER, exponential:decay=D, exponential:alpha=A or exponential:half_life=H"

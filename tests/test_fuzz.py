@@ -29,6 +29,7 @@ def undamaged(fuzz):
     return fuzz.specimens(None)
 
 
+@pytest.mark.slow
 def test_500_damaged_files_are_read_right_or_refused(tmp_path):
     done = subprocess.run(
         [sys.executable, SCRIPT, "--inputs", "500", "--seconds-per-file", "5", "--keep", tmp_path / "kept"],

@@ -48,6 +48,7 @@ def test_help_commands_run(command):
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_the_commands_on_checkpoints_run_as_they_stand(tmp_path):
     section = README.partition("## Averaging saved checkpoints")[2].partition("\n## ")[0]
     block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1]

@@ -16,6 +16,7 @@ from typing import Literal
 from streaming_polyak.errors import CheckpointError
 
 SUFFIXES = (".keras", ".weights.h5", ".h5", ".hdf5", ".weights.json", ".safetensors", ".npz", ".index")
+_WHOLE_NUMBERS = re.compile(r"(?<!\d)(?<!\d\.)(\d+)(?!\d)(?!\.\d)")  # not the digits of a score such as 0.25
 _SHARD = re.compile(r"_\d{5}\.weights\.h5$")
 
 
@@ -30,7 +31,8 @@ def find_checkpoints(
     Args:
         given: paths; patterns with `*`, `?` or `[...]`; folders, which stand for the checkpoints in them; "@FILE" for
             a file with one of these on each line (empty lines and lines that begin with "#" are passed over).
-        sort: "epoch" orders all of them by the last number in their names; `None` leaves them as given.
+        sort: "epoch" orders all of them by the number behind "epoch" in their names, or else the last whole number;
+            `None` leaves them as given.
         last: only the newest so many.
 
     Raises:
@@ -108,7 +110,7 @@ def _by_epoch(paths: list[Path]) -> list[Path]:
     numbers: dict[int, Path] = {}
     for path in paths:
         name = next((path.name.removesuffix(s) for s in SUFFIXES if path.name.endswith(s)), path.name)
-        found = re.findall(r"\d+", name)
+        found = re.findall(r"epoch\D?(\d+)", name, re.IGNORECASE) or _WHOLE_NUMBERS.findall(name)
         if not found:
             raise CheckpointError("sort", path, "its name has no number to sort by.")
         number = int(found[-1])

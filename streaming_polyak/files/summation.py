@@ -165,13 +165,14 @@ class TileAverager:
         self, dtype: str, values: Callable[[int], Float64Array], size: int
     ) -> tuple[Float64Array, NDArray[np.bool_]]:
         high, low, lost = np.zeros(size), np.zeros(size), np.zeros(size)
-        underflow = np.zeros(size, bool)
+        missing = np.zeros(size)  # at most what underflow took away unseen
         for i, a in enumerate(self._raw):
             product = w = values(i)
             if a != 1.0:
                 product, error = _two_product(w, a)
                 if self._fractions[i]:
-                    underflow |= ((np.abs(product) < _SMALLEST) | (a < _SMALLEST)) & (w != 0)
+                    tiny = ((np.abs(product) < _SMALLEST) | (a < _SMALLEST)) & (w != 0)
+                    missing += np.where(tiny, np.abs(product) * 2.0**-50 + np.abs(w) * 2.0**-1074 + 2.0**-953, 0.0)
                 low += error
                 lost += np.abs(error)
             high, error = _two_sum(high, product)
@@ -182,10 +183,11 @@ class TileAverager:
         back, error = _two_product(quotient, self._total)
         average = quotient + (((high - back) - error) + low - quotient * self._total_rest) / self._total
         # 2 n terms were added up in `low`, each addition with a rounding of at most u of what was lost so far.
-        bound = (2 * len(self._raw) + 4) * _U * 1.01 * lost / self._total
+        bound = ((2 * len(self._raw) + 4) * _U * 1.01 * lost + missing) / self._total
         vouched = bound * 2.0 ** (_PRECISION[dtype] + 2) <= np.abs(average)
-        vouched |= (lost == 0) & (high == 0)
-        return average, vouched & ~(underflow | ((np.abs(high) < _SMALLEST) & (high != 0))) & np.isfinite(average)
+        vouched &= (high == 0) | (np.abs(high) >= _SMALLEST)
+        vouched |= (lost == 0) & (high == 0) & (missing == 0)
+        return average, vouched & np.isfinite(average)
 
     def _with_nonfinite(self, dtype: str, size: int, reload: Reload) -> Float64Array:
         total, spoiled = self._sum[:size], np.zeros(size, bool)

@@ -71,7 +71,7 @@ def sweep_checkpoints(
         evaluate: gets the tensors by name (a mapping that makes each when it is asked for, good during the call) and
             returns metrics by name, or one number, which is called "score". `KerasEvaluator` is one.
         last: only the newest so many members.
-        sort: "epoch" orders the members by the last number in their names.
+        sort: "epoch" orders the members by the epochs in their names.
         accumulators: "memory", or "disk" for temporary files (in TMPDIR) of which little is in memory at once.
         allow_nonfinite: whether members may hold NaN or infinity.
         progress: show a bar over the evaluations, if the error output is a terminal.

@@ -425,7 +425,9 @@ def is_optimizer(name: str, format: str) -> bool:
             if part in ("optimizer", "_optimizer"):
                 return following != "_trainable_variables"
         return False
-    return parts[0] in ("optimizer", "optimizer_weights")
+    if format in ("keras", "weights.h5", "weights.json"):
+        return parts[0] == "optimizer"
+    return parts[0] == "optimizer_weights" or (parts[0] == "optimizer" and format != "h5")
 
 
 def read_json(source: Source, data: bytes, what: str) -> Any:
@@ -445,13 +447,23 @@ def read_json(source: Source, data: bytes, what: str) -> Any:
         raise CheckpointError("json", source.path, f"{what} is not valid JSON in UTF-8: {error}.") from None
 
 
-def read_provenance(text: str | bytes | None) -> dict[str, Any] | None:
-    """Returns what an average says of its making; `None` if there is nothing, or nothing readable."""
-    try:
-        said = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text) if text else None
-    except (ValueError, RecursionError):
+def read_provenance(path: Path, text: str | bytes | None) -> dict[str, Any] | None:
+    """Returns what an average says of its making; `None` if there is nothing.
+
+    Raises:
+        CheckpointError: it is not readable, so bits of it, and perhaps others, have been flipped.
+    """
+    if not text:
         return None
-    return said if isinstance(said, dict) else None
+    try:
+        said = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise CheckpointError(
+            "provenance", path, "what it says of its making as an average is not readable: the file is damaged."
+        )
+    return said
 
 
 def differences(expected: TensorTable, got: TensorTable, names: Mapping[str, Any]) -> list[str]:

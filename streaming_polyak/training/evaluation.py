@@ -119,7 +119,7 @@ class KerasEvaluator:
             found: dict[str, keras.Variable] = {}
 
             def look(name: str, stored: Any) -> None:
-                if not isinstance(stored, h5py.Dataset) or is_optimizer(name, "h5"):
+                if not isinstance(stored, h5py.Dataset) or is_optimizer(name, suffix.removeprefix(".")):
                     return
                 dtype = "bfloat16" if stored.attrs.get("dtype") == "bfloat16" else stored.dtype.name
                 alike = kinds.get((dtype, stored.shape), [])

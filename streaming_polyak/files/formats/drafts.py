@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +115,19 @@ def format_of(output: Path, newest: TensorTable) -> str:
         f"its name must end in {', '.join(FORMATS)}, or have no suffix where a TensorFlow checkpoint or a SavedModel "
         "is averaged.",
     )
+
+
+def record(output: Path, format: str) -> Path:
+    """Returns the file that stands for a checkpoint: the index of a TensorFlow checkpoint, else the file itself."""
+    return output.with_name(output.name.removesuffix(".index") + ".index") if format == "tf_checkpoint" else output
+
+
+def is_part(path: Path, record: Path, format: str) -> bool:
+    """Tells whether a file is one of those that a new checkpoint consists of, given the one that stands for it."""
+    beside = {"weights.json": (SUFFIX, r"_\d{5}\.weights\.h5"), "tf_checkpoint": (INDEX, r"\.data-\d{5}-of-\d{5}")}
+    suffix, pattern = beside.get(format, ("", ""))
+    base = re.escape(record.name.removesuffix(suffix))
+    return path == record or (path.parent == record.parent and re.fullmatch(base + pattern, path.name) is not None)
 
 
 def check_structure(format: str, output: Path, newest: TensorTable, structure: TensorTable) -> None:
@@ -351,15 +365,15 @@ def _bundle(plan: Plan, folder: Path, prefix: str) -> Draft:
             if is_reset(plan, tensor) and tensor.dtype != "string":
                 zeroed[tensor.name] = _zeros_crc32c(tensor.nbytes)
             elif tensor.name in plan.wanted and tensor.dtype != "string":
-                places[tensor.name] = Tensor(
-                    tensor.name, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes, len(files) - 1,
-                    big_endian=tensor.big_endian,
-                )  # fmt: skip
+                places[tensor.name] = replace(tensor, source=len(files) - 1)
             else:
                 continue
             _copy(source, at, tensor.offset - at, file, at)
             at = tensor.offset + tensor.nbytes
         _copy(source, at, source.size - at, file, at)
+        for tensor in table.tensors.values():
+            if tensor.source == number and not tensor.nbytes and tensor.name in plan.wanted:
+                places[tensor.name] = replace(tensor, source=len(files) - 1)
 
     def finish(digests: Digests, provenance: dict[str, Any]) -> None:
         record = NewFile(folder / f"{prefix}{INDEX}")
@@ -383,7 +397,8 @@ def _skeleton(
 ) -> tuple[dict[str, Tensor], int]:
     """Makes the groups and datasets of an HDF5 file in `file` from `start` on; returns places and size."""
     entries = [tensor for name, tensor in plan.structure.tensors.items() if is_optimizer(name, plan.structure.format)]
-    drop = ["optimizer", "optimizer_weights"] if plan.optimizer == "drop" and not keep_entries else []
+    group = "optimizer_weights" if plan.structure.format == "h5" else "optimizer"
+    drop = [group] if plan.optimizer == "drop" and not keep_entries else []
     reset = {tensor.name for tensor in entries if is_reset(plan, tensor)} if keep_entries else set()
     hollow = {tensor.name for tensor in entries if tensor.offset is None}  # nothing stored for it before either
     unallocated = [t.name for t in entries if t.name in reset | hollow and t.nbytes <= _UNALLOCATED_BYTES]

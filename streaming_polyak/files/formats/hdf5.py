@@ -231,7 +231,7 @@ def read_part(
                 tensors[name] = Tensor(**common, offset=at, source=number, mapped=part.source.unpacked is None)
     finally:
         os.close(fd)
-    return answer["legacy"], tensors, read_provenance(answer["provenance"])
+    return answer["legacy"], tensors, read_provenance(path, answer["provenance"])
 
 
 def _unpack(

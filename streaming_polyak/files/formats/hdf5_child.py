@@ -174,6 +174,7 @@ def skeleton(fd: int, offset: int, size: int, to: int, at: int, drop: list[str],
                 continue
             properties = h5p.create(h5p.DATASET_CREATE)
             properties.set_layout(h5d.CONTIGUOUS)
+            properties.set_obj_track_times(False)  # the time of day would make every file another one
             if name not in reset:
                 properties.set_alloc_time(h5d.ALLOC_TIME_EARLY)
                 properties.set_fill_time(h5d.FILL_TIME_NEVER)

@@ -59,7 +59,7 @@ def _provenance(source: Source, member: Member | None) -> dict[str, Any] | None:
         return None
     inside, start, mapped = in_place(source, member)
     try:
-        return read_provenance(inside.read(start, member.size))
+        return read_provenance(inside.path, inside.read(start, member.size))
     finally:
         if not mapped:
             inside.close()

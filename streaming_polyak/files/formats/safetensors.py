@@ -70,7 +70,7 @@ def open_safetensors(source: Source) -> TensorTable:
         [source],
         tensors,
         layout=metadata,
-        provenance=read_provenance(metadata.get(PROVENANCE)),
+        provenance=read_provenance(source.path, metadata.get(PROVENANCE)),
     ).validate()
 
 

@@ -1,0 +1,175 @@
+"""Which checkpoints are meant, and in which order."""
+
+from pathlib import Path
+
+import pytest
+
+from streaming_polyak.errors import CheckpointError
+from streaming_polyak.files.inputs import find_checkpoints, natural
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder "run" in the current one, with three members whose numbers have one and two digits."""
+    monkeypatch.chdir(tmp_path)
+    touch("run/epoch-9.keras", "run/epoch-10.keras", "run/epoch-8.keras")
+    return Path("run")
+
+
+def touch(*names):
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+def names(given, **options):
+    return [path.name for path in find_checkpoints(given, **options)]
+
+
+IN_ORDER = ["epoch-8.keras", "epoch-9.keras", "epoch-10.keras"]
+
+
+def test_paths_stay_in_the_order_in_which_they_are_given():
+    given = ["b-1.keras", Path("a-3.npz"), "a-2.h5"]
+    assert find_checkpoints(given) == [Path("b-1.keras"), Path("a-3.npz"), Path("a-2.h5")]
+    assert find_checkpoints(path for path in given) == find_checkpoints(given)
+
+
+@pytest.mark.parametrize("given", ["a.keras", Path("a.keras"), ("a.keras",)])
+def test_one_path_need_not_stand_in_a_list(given):
+    assert find_checkpoints(given) == [Path("a.keras")]
+
+
+def test_a_pattern_stands_for_what_it_matches_in_the_order_of_the_numbers(folder):
+    assert names("run/*.keras") == IN_ORDER
+    assert names("run/epoch-[89].keras") == IN_ORDER[:2]
+    assert names("run/epoch-?.keras") == IN_ORDER[:2]
+    assert names(["run/epoch-10.keras", "run/epoch-?.keras"]) == ["epoch-10.keras", "epoch-8.keras", "epoch-9.keras"]
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(folder):
+    with pytest.raises(CheckpointError, match=r"run/\*\.npz: no file matches this pattern") as refused:
+        find_checkpoints("run/*.npz")
+    assert refused.value.code == "missing"
+
+
+def test_a_name_that_looks_like_a_pattern_is_itself_if_it_is_there(folder):
+    touch("run/epoch-[8].keras", "odd[1]/a.keras")
+    assert names("run/epoch-[8].keras") == ["epoch-[8].keras"]
+    assert find_checkpoints("odd[1]") == [Path("odd[1]/a.keras")]
+
+
+def test_a_folder_stands_for_the_checkpoints_in_it(folder):
+    touch("run/notes.txt", "run/.writing-0123-epoch-11.keras", "run/.hidden.keras")
+    assert names(folder) == names("run") == IN_ORDER
+    touch("run/deeper/epoch-1.keras")
+    assert names("run") == IN_ORDER
+
+
+def test_a_folder_without_checkpoints_is_an_error(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"no checkpoint \(\.keras, .*\) is in this folder") as refused:
+        find_checkpoints(tmp_path)
+    assert refused.value.code == "empty-list"
+
+
+def test_of_a_sharded_store_a_folder_gives_the_map_only(folder):
+    touch("sharded/m-1.weights.json", "sharded/m-1_00000.weights.h5", "sharded/m-1_00001.weights.h5")
+    touch("sharded/m-0.weights.json", "sharded/m-0_00000.weights.h5")
+    assert names("sharded") == ["m-0.weights.json", "m-1.weights.json"]
+    touch("plain/m_00000.weights.h5", "plain/m_00001.weights.h5")  # no map: files of their own
+    assert names("plain") == ["m_00000.weights.h5", "m_00001.weights.h5"]
+
+
+def test_a_folder_with_several_kinds_of_checkpoints_is_an_error_that_says_how_to_choose(folder):
+    touch("run/epoch-10.weights.h5")
+    message = r"several kinds in it \(\.keras, \.weights\.h5\)\. Say which with a pattern, such as 'run/\*\.keras'"
+    with pytest.raises(CheckpointError, match=message) as refused:
+        find_checkpoints("run")
+    assert refused.value.code == "mixed-folder"
+
+
+def test_saved_models_are_folders_that_stand_for_themselves(folder):
+    touch("models/2/saved_model.pb", "models/10/saved_model.pb", "models/2/variables/variables.index")
+    assert find_checkpoints("models/2") == [Path("models/2")]
+    assert names("models") == ["2", "10"]
+
+
+def test_a_list_file_names_one_a_line(folder):
+    Path("list.txt").write_text("# oldest first\nrun/epoch-10.keras\n\n  run/epoch-8.keras  \nrun/epoch-?.keras\n")
+    assert names("@list.txt") == ["epoch-10.keras", "epoch-8.keras", "epoch-8.keras", "epoch-9.keras"]
+    assert names(["a.keras", "@list.txt"])[:2] == ["a.keras", "epoch-10.keras"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read: .*No such file"), (b"\xff\n", "cannot be read"), (b"@list.txt\n", "another list")],
+    ids=["missing", "not UTF-8", "nested"],
+)
+def test_a_list_that_cannot_be_read_or_names_a_list_is_an_error(folder, content, message):
+    if content is not None:
+        Path("list.txt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"list\.txt: .*{message}") as refused:
+        find_checkpoints("@list.txt")
+    assert refused.value.code == "list"
+
+
+@pytest.mark.parametrize("given", [[], (), "@list.txt"])
+def test_no_checkpoint_at_all_is_an_error(folder, given):
+    Path("list.txt").write_text("# nothing yet\n")
+    with pytest.raises(CheckpointError, match="expected at least one checkpoint to average, got none") as refused:
+        find_checkpoints(given)
+    assert refused.value.code == "empty-list"
+
+
+def test_sorting_by_epoch_orders_all_by_the_last_number_in_the_name():
+    given = ["b/run2-epoch-10.weights.h5", "a/run2-epoch-9.weights.h5", "c/run1-epoch-0011.weights.h5"]
+    ordered = ["run2-epoch-9.weights.h5", "run2-epoch-10.weights.h5", "run1-epoch-0011.weights.h5"]
+    assert names(given, sort="epoch") == ordered  # neither the 5 of .h5 nor the folders count
+
+
+def test_the_digits_of_a_score_are_no_epoch():
+    given = ["weights.10-0.21.keras", "weights.09-0.25.keras", "weights.11-0.19.keras"]  # as Keras' ModelCheckpoint
+    assert names(given, sort="epoch") == ["weights.09-0.25.keras", "weights.10-0.21.keras", "weights.11-0.19.keras"]
+    given = ["epoch_3_fold1.keras", "Epoch2_fold1.keras"]
+    assert names(given, sort="epoch") == ["Epoch2_fold1.keras", "epoch_3_fold1.keras"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["a.keras", "b-1.keras"], r"a\.keras: its name has no number to sort by"),
+        (["final.weights.h5"], r"final\.weights\.h5: its name has no number to sort by"),
+        (["x-7.keras", "y-07.keras"], r"y-07\.keras: its name has the number 7, as x-7\.keras has"),
+    ],
+)
+def test_sorting_by_epoch_needs_a_number_of_its_own_in_each_name(given, message):
+    with pytest.raises(CheckpointError, match=message) as refused:
+        find_checkpoints(given, sort="epoch")
+    assert refused.value.code == "sort"
+
+
+def test_only_the_known_orders_are_taken():
+    with pytest.raises(ValueError, match="Expected sort=\"epoch\" or None, got sort='name'"):
+        find_checkpoints("a.keras", sort="name")
+
+
+def test_last_takes_the_newest_after_ordering(folder):
+    assert names("run", last=2) == IN_ORDER[1:]
+    assert names("run", last=3) == IN_ORDER
+    assert names(["run/epoch-10.keras", "run/epoch-8.keras"], last=1) == ["epoch-8.keras"]
+    assert names(["run/epoch-10.keras", "run/epoch-8.keras"], last=1, sort="epoch") == ["epoch-10.keras"]
+
+
+def test_fewer_checkpoints_than_the_last_ones_asked_for_are_an_error(folder):
+    with pytest.raises(CheckpointError, match="the last 4 checkpoints are asked for, but there are only 3") as refused:
+        find_checkpoints("run", last=4)
+    assert refused.value.code == "too-few"
+    with pytest.raises(ValueError, match="Expected last >= 1, got last=0"):
+        find_checkpoints("run", last=0)
+
+
+def test_numbers_in_names_are_ordered_as_numbers_whatever_stands_around_them():
+    ordered = ["2a.npz", "10a.npz", "a2b1.npz", "a2b10.npz", "a10b.npz", "a.npz", "b.npz"]
+    assert sorted(map(Path, ordered[::-1]), key=natural) == list(map(Path, ordered))
+    assert natural(Path("1²2")) == ((0, 1), (1, "²"), (0, 2))  # a digit, but no number
