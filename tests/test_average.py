@@ -463,6 +463,7 @@ def test_the_report_says_what_was_done(run, capsys):
     assert capsys.readouterr() == ("", "")  # no bar where there is no terminal
 
 
+@pytest.mark.slow
 def test_many_inputs_and_a_long_record_of_them_fit(tmp_path):
     paths = [write_safetensors(tmp_path / f"member-{k:04}.safetensors", small(k)) for k in range(1000)]
     template = write_hdf5(tmp_path / "template.weights.h5", small(0))
@@ -477,6 +478,7 @@ def test_many_inputs_and_a_long_record_of_them_fit(tmp_path):
     assert verify_checkpoint(output).provenance == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "count"), [(".keras", 200), (".safetensors", 1_100), (".npz", 1_100)])
 def test_many_tensors_are_averaged(tmp_path, suffix, count):
     paths = []
@@ -1083,6 +1085,7 @@ def in_a_child(work):
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".keras", ".weights.json"])
 def test_more_files_than_may_be_open_at_once_are_opened_anew_for_each_read(tmp_path, suffix):
     paths = [WRITERS[suffix](tmp_path / f"{k}{suffix}", small(k)) for k in range(40)]
@@ -1270,6 +1273,7 @@ def contents(path):
         return {name: (tensor.describe(), table.read(name).tobytes()) for name, tensor in table.tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "every"),
     [(".keras", 151), (".weights.h5", 151), (".safetensors", 3), (".npz", 3), (".weights.json", 151)],

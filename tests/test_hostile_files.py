@@ -1548,6 +1548,7 @@ def small(tmp_path, weights):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_file_cut_off_at_any_byte_is_refused(suffix, small, parser):
     path = small(suffix)

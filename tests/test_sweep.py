@@ -64,7 +64,7 @@ def obvious(contents, weighting, n, name):
     return np.average(last, axis=0, weights=weights)
 
 
-@pytest.mark.parametrize("count", [10, 200])
+@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("accumulators", ["memory", "disk"])
 def test_every_average_equals_numpy_average_over_all_members(tmp_path, count, accumulators):
     paths, contents = members(tmp_path, count)
