@@ -39,3 +39,34 @@ def test_an_update_at_the_end_of_an_epoch_needs_little_passing_memory_and_leaves
     for update in ("first_", ""):
         assert row[f"{update}passing_mib"] <= 64  # the bound that is promised
         assert row[f"{update}after_mib"] - row[f"{update}before_mib"] <= 8  # Python's own, not a tensor of 4 MB x 30
+
+
+def test_the_benchmark_of_averaging_compares_with_cat_and_the_usual_ways(tmp_path):
+    sizes = ["--size", "0.2", "--count", "3", "--format", "keras", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "average_checkpoints.py", *sizes, "--slow", "--folder", tmp_path, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = {row["way"]: row for row in json.loads(done.stdout)}
+    assert rows.keys() == {
+        "cat", "write", "ours", "ours, the command", "h5py, whole files", "load_model, one at a time",
+        "tutorial: load all",
+    }  # fmt: skip
+    assert rows["cat"]["times_cat"] == 1.0
+    assert rows["ours"]["anonymous_mib"] < 80
+    assert list(tmp_path.iterdir()) == []  # its files are gone
+
+
+def test_the_benchmark_of_the_sweep_finds_the_same_accuracies_the_tutorial_way():
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "sweep.py", "--members", "3", "--epochs", "6", "--repeats", "1", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = json.loads(done.stdout)
+    assert [row["way"] for row in said["rows"]] == ["ours", "tutorial"]
+    assert [row["evaluations"] for row in said["rows"]] == [12, 12]
+    assert said["largest_difference"] <= 0.0015
