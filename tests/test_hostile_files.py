@@ -6,12 +6,15 @@ at the end of each part: a reader that refuses everything would pass the rest.
 """
 
 import contextlib
+import errno
 import io
+import itertools
 import json
 import os
 import signal
 import socket
 import struct
+import types
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -1636,3 +1639,23 @@ def test_an_hdf5_file_truncated_while_it_is_parsed_is_an_error(suffix, small, pa
 
     monkeypatch.setattr(hdf5, "_check_superblock", then_truncate)
     refused(path, parser, "hdf5", "libhdf5 cannot read it")
+
+
+@pytest.mark.parametrize("writes", [0, 1, 3])
+def test_a_disk_that_fills_up_under_the_structure_is_told_as_a_full_disk(tmp_path, monkeypatch, writes):
+    with h5py.File(tmp_path / "model.weights.h5", "w") as file:
+        file["layers/dense/vars/0"] = np.zeros((3, 4), np.float32)
+    calls = itertools.count()
+
+    def pwrite(fd, data, offset):
+        if next(calls) >= writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os.pwrite(fd, data, offset)
+
+    fake = types.SimpleNamespace(**{name: getattr(os, name) for name in dir(os)} | {"pwrite": pwrite})
+    monkeypatch.setattr(hdf5_child, "os", fake)
+    with (tmp_path / "model.weights.h5").open("rb") as source, (tmp_path / "new").open("w+b") as target:
+        size = os.fstat(source.fileno()).st_size
+        with pytest.raises(OSError, match="No space left on device") as failed:
+            hdf5_child.skeleton(source.fileno(), 0, size, target.fileno(), 0, [], [])
+    assert failed.value.errno == errno.ENOSPC

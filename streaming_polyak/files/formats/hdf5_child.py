@@ -66,7 +66,7 @@ _CLASSES = {
     h5t.ARRAY: "array",
     h5t.TIME: "time",
 }
-_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, SystemError)
+_ERRORS = (OSError, AttributeError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, SystemError)
 _FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32}
 
 
@@ -82,6 +82,12 @@ class Window(io.RawIOBase):
 
     def __init__(self, fd: int, offset: int, size: int) -> None:
         self._fd, self._offset, self._size, self._at = fd, offset, size, 0
+        self._failed: OSError | None = None
+
+    def flush(self) -> None:
+        """Tells again of a write that failed: HDF5 goes on after it, and what it says in the end is something else."""
+        if self._failed is not None:
+            raise self._failed
 
     def readable(self) -> bool:
         return True
@@ -108,8 +114,12 @@ class Window(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         done = 0
-        while done < len(view):
-            done += os.pwrite(self._fd, view[done:], self._offset + self._at + done)
+        try:
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], self._offset + self._at + done)
+        except OSError as error:
+            self._failed = error
+            raise
         self._at += done
         self._size = max(self._size, self._at)
         return done
