@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from reference import effective_weights, exact_average, running_average
@@ -90,12 +90,16 @@ def test_a_constant_sequence_stays_constant_bit_for_bit(dtype, weighting, n, val
 @given(any_weighting, npst.arrays(np.float32, 12, elements=st.floats(-1000, 1000, width=16)), st.integers(-20, 20))
 def test_scaling_the_input_by_a_power_of_two_scales_the_result_exactly(weighting, members, power):
     def stream(values):
-        m = np.float32(0)
+        m, path = np.float32(0), []
         for n, w in enumerate(values, start=1):
             m += np.float32(weighting(n)) * (w - m)
-        return m
+            path.append(m)
+        return np.array(path)
 
-    assert stream(members * np.float32(2.0**power)) == stream(members) * np.float32(2.0**power)
+    plain = stream(members)
+    # Not so for numbers that scaling moves among the subnormal ones, which have fewer digits.
+    assume(np.abs(plain[plain != 0]).min(initial=1.0) >= 2.0**-90)
+    np.testing.assert_array_equal(stream(members * np.float32(2.0**power)), plain * np.float32(2.0**power))
 
 
 @pytest.mark.parametrize("n", [1, 2, 10, 500])
