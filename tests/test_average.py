@@ -615,6 +615,22 @@ def test_a_safetensors_output_keeps_the_metadata_of_the_newest(tmp_path):
     assert (metadata["format"], metadata["note"]) == ("np", "1")
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_weights_that_tensorflow_keeps_under_the_optimizer_stay_weights_in_other_formats(tmp_path, suffix):
+    end = ".ATTRIBUTES/VARIABLE_VALUE"
+    kept, slot = f"optimizer/_trainable_variables/0/{end}", f"optimizer/_variables/2/{end}"
+    paths = [
+        WRITERS[suffix](tmp_path / f"{k}{suffix}", {kept: np.full(3, k, np.float32), slot: np.ones(3, np.float32)})
+        for k in (1, 3)
+    ]
+    average_checkpoints(paths, tmp_path / f"once{suffix}")
+    average_checkpoints([tmp_path / f"once{suffix}"], tmp_path / f"twice{suffix}")
+    for name in ("once", "twice"):
+        got = read(tmp_path / f"{name}{suffix}")
+        assert {key: value.tolist() for key, value in got.items()} == {kept: [2, 2, 2]}
+    verify_checkpoint(tmp_path / f"twice{suffix}")
+
+
 def test_an_output_that_would_replace_the_shard_of_an_input_is_refused(tmp_path):
     WRITERS[".weights.json"](tmp_path / "in.weights.json", small(0))
     shard = next(tmp_path.glob("in_*.weights.h5"))

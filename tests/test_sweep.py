@@ -222,6 +222,15 @@ def test_the_best_row_is_exported_as_the_exact_average(tmp_path):
     assert load_file(report.output)["kernel"].tobytes() == contents[-2]["kernel"].tobytes()
 
 
+def test_an_export_never_replaces_a_member_even_one_that_is_not_in_the_row(tmp_path):
+    paths, _ = members(tmp_path, 3)
+    result = sweep_checkpoints(paths, [MEAN], Recorder())
+    before = paths[2].read_bytes()
+    with pytest.raises(CheckpointError, match="it is the member"):
+        result.export(result.of(SINGLE)[2], paths[2], overwrite=True)
+    assert paths[2].read_bytes() == before
+
+
 def test_all_members_are_compared_before_the_first_evaluation(tmp_path):
     paths, _ = members(tmp_path, 3)
     save_file({"kernel": np.zeros((7, 12), np.float32)}, paths[0])

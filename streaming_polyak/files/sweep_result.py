@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tabulate import tabulate
 
+from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.average import AverageReport, average_checkpoints
 from streaming_polyak.files.storage import Storage, write_csv
 from streaming_polyak.weighting import Weighting
@@ -167,7 +168,14 @@ class SweepResult:
     def export(
         self, row: SweepRow, output: str | os.PathLike[str], *, overwrite: bool = False, **options: Any
     ) -> AverageReport:
-        """Writes the average of a row as a checkpoint; options are those of `average_checkpoints`."""
+        """Writes the average of a row as a checkpoint; options are those of `average_checkpoints`.
+
+        Raises:
+            CheckpointError: `output` is one of the members that were swept, also one that is not in the row.
+        """
+        for path in self.paths:
+            if Path(output).exists() and path.exists() and path.samefile(output):
+                raise CheckpointError("output-is-input", output, f"it is the member {path}. Choose another name.")
         weighting = None if row.weighting == SINGLE else self.weightings[row.weighting]
         if isinstance(weighting, Weighting):
             return average_checkpoints(row.members, output, weighting, overwrite=overwrite, **options)

@@ -415,10 +415,11 @@ def closed_on_error(sources: list[Source]) -> Iterator[None]:
 def is_optimizer(name: str, format: str) -> bool:
     """Tells whether a tensor belongs to the optimizer, not to the model.
 
-    In TensorFlow's checkpoints Keras 3 keeps a model's trainable weights under "optimizer/_trainable_variables".
+    In TensorFlow's checkpoints Keras 3 keeps a model's trainable weights under "optimizer/_trainable_variables"; their
+    names stay the same when an average of them is written in another format.
     """
     parts = name.split("/")
-    if format in ("tf_checkpoint", "saved_model"):
+    if format in ("tf_checkpoint", "saved_model") or name.endswith("/.ATTRIBUTES/VARIABLE_VALUE"):
         if ".OPTIMIZER_SLOT" in parts:
             return True
         for part, following in itertools.pairwise(parts):
