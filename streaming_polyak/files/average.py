@@ -148,7 +148,9 @@ def average_checkpoints(
         ValueError: a number is out of range, or the budget too small.
         OSError: the disk refused.
 
-    In every case of an error, and if the process is killed at any moment, `output` is as it was before.
+    In every case of an error, and if the process is killed at any moment, `output` is as it was before; but not where
+    it is several files (`.weights.json`, a TensorFlow checkpoint) and `overwrite` replaces older ones: those may be
+    lost then.
     """
     output = Path(output)
     found = find_checkpoints(paths, sort=sort, last=last)

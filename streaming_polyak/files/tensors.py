@@ -19,7 +19,7 @@ import tempfile
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -38,7 +38,6 @@ _MAX_NAME_BYTES = 1024
 _MAX_BYTES = 2**63 - 1  # what a file offset holds
 _MAX_HOLLOW = 8  # a slot of an optimizer has up to eight bytes where its weight has one
 _TICK_NS = 10_000_000  # file times may be as coarse as this
-_COPY_BYTES = 1 << 20
 
 DTYPES: dict[str, np.dtype[Any]] = {
     **{name: np.dtype(name) for name in ("float16", "float32", "float64", "bool")},
@@ -287,7 +286,6 @@ class TensorTable:
     checksums: tuple[Checksum, ...] = ()
     layout: Any = None
     provenance: dict[str, Any] | None = None
-    _names: tuple[str, ...] = field(default=(), repr=False)
 
     def __enter__(self) -> TensorTable:
         return self

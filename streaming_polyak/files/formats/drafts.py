@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +95,6 @@ class Plan:
     optimizer: Optimizer
     provenance: dict[str, Any]
     parser: Parser
-    _kept: dict[str, Any] = field(default_factory=dict)
 
 
 def format_of(output: Path, newest: TensorTable) -> str:
