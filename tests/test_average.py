@@ -752,6 +752,37 @@ def test_an_output_that_is_a_shard_of_an_input_is_refused(tmp_path, overwrite):
     refused(tmp_path, "output-is-input", "Choose another", paths, output, template=template, overwrite=overwrite)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_of_several_files_never_takes_the_place_of_inputs_templates_or_strangers(tmp_path, overwrite):
+    paths = [write_hdf5(tmp_path / f"run_0000{k}.weights.h5", small(k)) for k in range(2)]
+    template = write_sharded(tmp_path / "template.weights.json", small(0))
+    output, options = tmp_path / "run.weights.json", {"template": template, "overwrite": overwrite}
+    refused(tmp_path, "output-is-input", "it is the input .*run_00000", paths, output, **options)
+    refused(tmp_path, "output-is-input", "it is the template .*template.weights.json", paths, template, **options)
+    strangers = [write_hdf5(tmp_path / f"out_0000{k}.weights.h5", small(k)) for k in range(3)]
+    before = [path.read_bytes() for path in strangers]
+    refused(
+        tmp_path, None, "out_00000.weights.h5 is in the way", paths, tmp_path / "out.weights.json",
+        error=FileExistsError, **options,
+    )  # fmt: skip
+    assert [path.read_bytes() for path in strangers] == before
+
+
+def test_a_store_that_replaces_one_of_more_shards_leaves_none_of_them(tmp_path):
+    paths = [write_sharded(tmp_path / f"{k}.weights.json", small(k)) for k in range(2)]
+    out = tmp_path / "out"
+    average_checkpoints(paths, out / "x.weights.json")
+    shutil.copy(out / "x_00001.weights.h5", out / "x_00002.weights.h5")
+    said = json.loads((out / "x.weights.json").read_text())
+    said["weight_map"]["/more"] = ["x_00002.weights.h5", "../0_00000.weights.h5", "y_00000.weights.h5"]
+    (out / "x.weights.json").write_text(json.dumps(said).replace("../0", "0"))
+    (out / "y_00000.weights.h5").write_bytes(b"of another store")
+    average_checkpoints(paths, out / "x.weights.json", overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "x.weights.json", "x_00000.weights.h5", "x_00001.weights.h5", "y_00000.weights.h5",
+    ]  # fmt: skip
+
+
 def test_an_output_that_exists_is_replaced_only_when_asked(run):
     Path("out.safetensors").write_bytes(b"old")
     refused(run, None, "out.safetensors exists already", [A, B], error=FileExistsError)
@@ -1217,6 +1248,8 @@ def whole_files(folder):
         (write_keras, "{}.keras", "out.keras", False),
         (write_bundle, "{}/ckpt", "ckpt.index", False),
         (write_bundle, "{}/ckpt", "ckpt.index", True),
+        (write_sharded, "{}.weights.json", "out.weights.json", False),
+        (write_sharded, "{}.weights.json", "out.weights.json", True),
     ],
 )
 def test_killed_at_any_moment_there_is_no_output_or_the_whole_one_and_a_rerun_gives_the_same_bytes(
@@ -1251,7 +1284,7 @@ def test_killed_at_any_moment_there_is_no_output_or_the_whole_one_and_a_rerun_gi
     assert seen[-1] == "new"
     order = ["old", "nothing", "new"] if overwrite else ["nothing", "new"]
     assert seen == sorted(seen, key=order.index)
-    if overwrite and write is not write_bundle:  # whose record goes first and comes last
+    if overwrite and write not in (write_bundle, write_sharded):  # whose record goes first and comes last
         assert "nothing" not in seen
     assert [path.read_bytes() for path in paths] == inputs_before
 

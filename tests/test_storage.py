@@ -1,12 +1,13 @@
 """A file is there whole or not at all, whatever fails on the way."""
 
+import contextlib
 import os
 import subprocess
 import sys
 
 import pytest
 
-from streaming_polyak.files.storage import TEMPORARY, Storage
+from streaming_polyak.files.storage import REPLACED, TEMPORARY, Storage
 
 
 def test_a_commit_makes_the_file_and_its_folders_and_leaves_nothing_else(tmp_path):
@@ -129,6 +130,88 @@ Storage().commit(pathlib.Path({str(path)!r}), write, overwrite=True)
     assert path.read_bytes() == b"old"
     left = [p.name for p in tmp_path.iterdir() if p != path]
     assert all(name.startswith(TEMPORARY) for name in left)
+
+
+def group(folder, files, overwrite=False):
+    """Commits the group of files by name, whose record "r" has the names of the others in it."""
+    files = {**files, "r": " ".join(files).encode()}
+
+    def write(temporary):
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+
+    Storage().commit_group(folder / "r", write, overwrite=overwrite, parts=lambda record: record.read_text().split())
+    return files
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_group_replaces_all_of_an_older_one_and_nothing_else(tmp_path):
+    group(tmp_path, {"a": b"1", "b": b"1", "c": b"1"})
+    (tmp_path / "d").write_bytes(b"a stranger's")
+    with pytest.raises(FileExistsError, match="r exists already"):
+        group(tmp_path, {"a": b"2"})
+    new = group(tmp_path, {"a": b"2"}, overwrite=True)
+    assert contents(tmp_path) == {**new, "d": b"a stranger's"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_group_never_replaces_a_file_that_its_old_record_does_not_name(tmp_path, overwrite):
+    if overwrite:
+        group(tmp_path, {"a": b"1"})
+    (tmp_path / "b").write_bytes(b"a stranger's")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="b is in the way"):
+        group(tmp_path, {"a": b"2", "b": b"2"}, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("call", ["link", "rename", "fsync"])
+def test_whatever_fails_an_old_group_is_whole_again(tmp_path, monkeypatch, call):
+    real, count = getattr(os, call), 0
+    for fatal in range(1, 30):
+        folder = tmp_path / str(fatal)
+        folder.mkdir()
+        old = group(folder, {"a": b"1", "b": b"1"})
+        count = 0
+
+        def fail(*args, fatal=fatal):
+            nonlocal count
+            count += 1
+            if count == fatal:
+                raise OSError(5, "Input/output error")
+            return real(*args)
+
+        monkeypatch.setattr(os, call, fail)
+        new = None
+        with contextlib.suppress(OSError):
+            new = group(folder, {"a": b"2", "c": b"2"}, overwrite=True)
+        monkeypatch.undo()
+        assert contents(folder) == (new or old)
+        if count < fatal:
+            assert new is not None
+            break
+    assert 3 < fatal < 29
+
+
+def test_what_cannot_be_moved_back_is_kept(tmp_path, monkeypatch):
+    group(tmp_path, {"a": b"1"})
+    real = os.rename
+
+    def rename(source, target):
+        if os.path.basename(source) == "a":
+            monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        group(tmp_path, {"a": b"2"}, overwrite=True)
+    (aside,) = tmp_path.glob(f"{TEMPORARY}*/{REPLACED}")
+    assert contents(aside) == {"r": b"a", "a": b"1"}
 
 
 def test_removing_what_is_gone_is_no_error(tmp_path):

@@ -28,7 +28,15 @@ from streaming_polyak.files import pieces, summation
 from streaming_polyak.files.average_pass import AveragePass
 from streaming_polyak.files.checkpoint_set import CheckpointSet
 from streaming_polyak.files.formats import open_checkpoint
-from streaming_polyak.files.formats.drafts import Plan, check_structure, format_of, is_part, record
+from streaming_polyak.files.formats.drafts import (
+    GROUPS,
+    Plan,
+    check_structure,
+    format_of,
+    old_parts,
+    part_names,
+    record,
+)
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import find_checkpoints
 from streaming_polyak.files.meter import Meter, cpus, format_bytes, parse_bytes
@@ -148,9 +156,10 @@ def average_checkpoints(
         ValueError: a number is out of range, or the budget too small.
         OSError: the disk refused.
 
-    In every case of an error, and if the process is killed at any moment, `output` is as it was before; but not where
-    it is several files (`.weights.json`, a TensorFlow checkpoint) and `overwrite` replaces older ones: those may be
-    lost then.
+    In every case of an error, and if the process is killed at any moment, `output` is as it was before, or whole and
+    new. Where it is several files (`.weights.json`, a TensorFlow checkpoint) that replace older ones, it may be gone if
+    the process is killed in the moment when they are renamed; the older ones are then in a folder `.writing-*/replaced`
+    beside it, until the same call has been made again.
     """
     output = Path(output)
     found = find_checkpoints(paths, sort=sort, last=last)
@@ -165,7 +174,7 @@ def average_checkpoints(
         structure = inputs.newest if template is None else _template(Path(template), inputs.newest, parser, stack)
         format = format_of(output, inputs.newest)
         check_structure(format, output, inputs.newest, structure)
-        _check_output(output, format, inputs, overwrite)
+        _check_output(output, format, inputs, structure, overwrite)
         threads = _threads(budget, inputs)
         job = AveragePass(inputs, raw, threads, allow_nonfinite, meter)
         said: dict[str, Any] = {
@@ -188,8 +197,8 @@ def average_checkpoints(
             counts.update(job.write(plan))
 
         meter.expect(sum(inputs.sizes))
-        if format in ("weights.json", "tf_checkpoint"):
-            Storage().commit_group(record(output, format), write, overwrite=overwrite)
+        if format in GROUPS:
+            Storage().commit_group(record(output, format), write, overwrite=overwrite, parts=old_parts)
         else:
             Storage().commit(output, write, overwrite=overwrite)
         return AverageReport(
@@ -255,21 +264,25 @@ def _wanted(newest: TensorTable, format: str, optimizer: str) -> dict[str, Tenso
     }
 
 
-def _check_output(output: Path, format: str, inputs: CheckpointSet, overwrite: bool) -> None:
+def _check_output(output: Path, format: str, inputs: CheckpointSet, structure: TensorTable, overwrite: bool) -> None:
     final = record(output, format)
-    for table in inputs.tables:
+    names = {final.name, *part_names(output, format, structure)}
+    if format in GROUPS and overwrite and final.exists():
+        names.update(old_parts(final))  # they go
+    written = [final.with_name(name) for name in sorted(names)]
+    resolved = {path.resolve() for path in written}
+    for kind, table in [*(("input", table) for table in inputs.tables), ("template", structure)]:
         for path in (table.path, *(source.path for source in table.sources)):
-            same = final.exists() and path.exists() and final.samefile(path)  # another name of it
-            if same or is_part(path.resolve(), final.resolve(), format):
-                raise CheckpointError("output-is-input", output, f"it is the input {table.path}. Choose another name.")
+            same = path.exists() and any(new.exists() and new.samefile(path) for new in written)  # another name of it
+            if same or path.resolve() in resolved:
+                raise CheckpointError("output-is-input", output, f"it is the {kind} {table.path}. Choose another name.")
     if not final.exists():
         return
     if not overwrite:
         raise FileExistsError(f"{output} exists already. Choose another name, or pass overwrite=True to replace it.")
-    if final.is_dir():
-        raise FileExistsError(
-            f"{output} is a folder, which is not replaced. Remove it yourself, or choose another name."
-        )
+    if final.is_dir() or format == "saved_model":
+        why = "is a folder, which is not replaced" if final.is_dir() else "is a file, which no folder replaces"
+        raise FileExistsError(f"{output} {why}. Remove it yourself, or choose another name.")
 
 
 def _threads(budget: int, inputs: CheckpointSet) -> int:

@@ -20,7 +20,7 @@ from streaming_polyak.files import pieces
 from streaming_polyak.files.checkpoint_set import CheckpointSet, as_floats
 from streaming_polyak.files.checksums import crc32, crc32_combine, crc32c, crc32c_combine
 from streaming_polyak.files.formats import open_checkpoint
-from streaming_polyak.files.formats.drafts import Draft, Plan, begin, is_reset, record
+from streaming_polyak.files.formats.drafts import GROUPS, Draft, Plan, begin, is_reset, record
 from streaming_polyak.files.meter import Meter
 from streaming_polyak.files.pieces import Piece, Segment
 from streaming_polyak.files.summation import TILE, NonFiniteInput, TileAverager
@@ -74,10 +74,7 @@ class AveragePass:
             OSError: the disk refused.
         """
         inputs = self._inputs
-        if plan.format in ("weights.json", "tf_checkpoint"):
-            final = record(plan.path / plan.output.name, plan.format)
-        else:
-            final = plan.path
+        final = record(plan.path / plan.output.name, plan.format) if plan.format in GROUPS else plan.path
         draft = begin(plan)
         try:
             missing = [

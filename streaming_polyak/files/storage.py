@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import csv
 import filecmp
+import glob
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".writing-"
+REPLACED = "replaced"
 
 
 class NewFile:
@@ -95,49 +98,83 @@ class Storage:
             _discard(temporary)
         self._sync(path.parent)
 
-    def commit_group(self, record: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
+    def commit_group(
+        self,
+        record: Path,
+        write: Callable[[Path], object],
+        *,
+        overwrite: bool = False,
+        parts: Callable[[Path], Iterable[str]] = lambda record: (),
+    ) -> None:
         """Makes several files in one folder of which `record` is the one that makes sense of the others.
 
         The others are there before the record is; a reader that begins with it finds all or nothing. Killed before
         that, some of the others may be there without it, and a second run that writes the same bytes takes them over.
 
+        An old group is moved into the temporary folder first, its record before the rest, and is back in its place
+        when this raises. Killed in between there is no record, and the old group is in that folder, under `REPLACED`,
+        until a second run has made the new one.
+
         Args:
             record: its final name.
             write: gets a temporary folder, and must make the files in it under their final names.
-            overwrite: whether files of these names are replaced; the old record goes first, so that killed in between
-                there is none.
+            overwrite: whether an old group is replaced.
+            parts: gives the names of the others of an old group, all that may be replaced beside its record.
 
         Raises:
-            FileExistsError: a file has one of the names already, other bytes in it, and `overwrite` is false.
+            FileExistsError: a file has one of the names already, is none that may be replaced, and has other bytes.
             OSError: the disk refused.
         """
         if not overwrite and record.exists():
             raise _in_the_way(record)
-        record.parent.mkdir(parents=True, exist_ok=True)
+        home = record.parent
+        home.mkdir(parents=True, exist_ok=True)
         folder = record.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{record.name}")
+        aside = folder / REPLACED
+        # What runs that were killed had moved aside, so that files which their records name are none of strangers.
+        left = list(home.glob(f"{TEMPORARY}*-{glob.escape(record.name)}/{REPLACED}")) if overwrite else []
         folder.mkdir()
         try:
             write(folder)
-            parts = sorted(path for path in folder.iterdir() if path.name != record.name)
-            for path in [*parts, folder / record.name]:
-                self._sync(path)
-            if overwrite and record.exists():
-                self.remove(record)
-                self._sync(record.parent)
-            for part in parts:
-                final = record.with_name(part.name)
-                if overwrite or (final.is_file() and filecmp.cmp(part, final, shallow=False)):
-                    os.replace(part, final)
-                else:
-                    self._rename_without_replacing(part, final)
-            self._rename_without_replacing(folder / record.name, record)
+            new = sorted(path.name for path in folder.iterdir() if path.name != record.name)
+            for name in [*new, record.name]:
+                self._sync(folder / name)
+            with ExitStack() as undo:
+                if overwrite:
+                    aside.mkdir()
+                    records = [path for path in (record, *(other / record.name for other in left)) if path.exists()]
+                    named = {name for path in records for name in parts(path)} - {record.name}
+                    for name in [record.name, *sorted(named)]:
+                        if (home / name).exists() or (home / name).is_symlink():
+                            undo.callback(_move_back, aside / name, home / name)
+                            os.rename(home / name, aside / name)
+                    self._sync(home)
+                for name in [*new, record.name]:
+                    if name == record.name:
+                        self._sync(home)
+                    if name == record.name or not _same_bytes(folder / name, home / name):
+                        undo.callback(_take_back, folder / name, home / name)
+                        try:
+                            self._rename_without_replacing(folder / name, home / name)
+                        except FileExistsError:
+                            raise FileExistsError(
+                                f"{home / name} is in the way: {record.name} needs the name, and "
+                                + ("no older one names this file" if overwrite else "it has other bytes")
+                                + ". Move it away, or choose another name."
+                            ) from None
+                self._sync(home)
+                undo.pop_all()
+            if aside.is_dir():
+                _discard(aside)
         except OSError as error:
             if error.errno is not None and error.filename is None:
                 error.filename = str(record)
             raise
         finally:
-            _discard(folder)
-        self._sync(record.parent)
+            if not (aside.is_dir() and any(aside.iterdir())):  # else it could not be moved back
+                _discard(folder)
+        for other in left:
+            _discard(other.parent)
 
     def remove(self, path: Path) -> None:
         """Removes one file; that it is gone already is no error."""
@@ -194,6 +231,21 @@ def _discard(temporary: Path) -> None:
         shutil.rmtree(temporary)
     else:
         temporary.unlink(missing_ok=True)
+
+
+def _same_bytes(new: Path, there: Path) -> bool:
+    return there.is_file() and filecmp.cmp(new, there, shallow=False)
+
+
+def _move_back(aside: Path, home: Path) -> None:
+    if aside.exists() or aside.is_symlink():
+        os.rename(aside, home)
+
+
+def _take_back(temporary: Path, home: Path) -> None:
+    """Removes a file that was given its final name, if it got that far; never one that somebody else made."""
+    if not temporary.exists() or (home.exists() and home.samefile(temporary)):
+        home.unlink(missing_ok=True)
 
 
 def _in_the_way(path: Path) -> FileExistsError:

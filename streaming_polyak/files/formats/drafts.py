@@ -22,8 +22,8 @@ from streaming_polyak.files.formats import archive, npz, safetensors
 from streaming_polyak.files.formats.archive import NewMember
 from streaming_polyak.files.formats.hdf5 import Hdf5Part, Parser
 from streaming_polyak.files.formats.keras_archive import PROVENANCE_MEMBER, WEIGHTS, KerasArchive
-from streaming_polyak.files.formats.sharded import SUFFIX, Shards
-from streaming_polyak.files.formats.tf_checkpoint import INDEX, Bundle, index_bytes
+from streaming_polyak.files.formats.sharded import SUFFIX, Shards, shard_names
+from streaming_polyak.files.formats.tf_checkpoint import INDEX, Bundle, data_names, index_bytes
 from streaming_polyak.files.storage import NewFile
 from streaming_polyak.files.tensors import PROVENANCE, Source, Tensor, TensorTable, is_optimizer
 
@@ -36,6 +36,7 @@ FORMATS = {
     ".npz": "npz",
     INDEX: "tf_checkpoint",
 }
+GROUPS = ("weights.json", "tf_checkpoint")  # several files in one folder, of which one stands for all
 _COPY_BYTES = 1 << 20
 _UNALLOCATED_BYTES = 1 << 32  # Keras takes a larger dataset without stored data for an attack
 _WRITE_SECONDS = 120.0
@@ -121,12 +122,33 @@ def record(output: Path, format: str) -> Path:
     return output.with_name(output.name.removesuffix(".index") + ".index") if format == "tf_checkpoint" else output
 
 
-def is_part(path: Path, record: Path, format: str) -> bool:
-    """Tells whether a file is one of those that a new checkpoint consists of, given the one that stands for it."""
-    beside = {"weights.json": (SUFFIX, r"_\d{5}\.weights\.h5"), "tf_checkpoint": (INDEX, r"\.data-\d{5}-of-\d{5}")}
-    suffix, pattern = beside.get(format, ("", ""))
-    base = re.escape(record.name.removesuffix(suffix))
-    return path == record or (path.parent == record.parent and re.fullmatch(base + pattern, path.name) is not None)
+def part_names(output: Path, format: str, structure: TensorTable) -> list[str]:
+    """Returns the names that the other files of a new checkpoint may get, beside the one that stands for it."""
+    if format == "weights.json":
+        return [_shard_name(output, number) for number in range(len(structure.layout.parts))]
+    if format == "tf_checkpoint":
+        return [f"{output.name.removesuffix(INDEX)}{shard}" for shard in structure.layout.shards]
+    return []
+
+
+def old_parts(record: Path) -> list[str]:
+    """Returns the names of the other files of an old checkpoint, from the file that stands for it.
+
+    A damaged one names none, and none that could belong to something else.
+    """
+    suffix, names, pattern = (
+        (INDEX, data_names, r"\.data-\d{5}-of-\d{5}") if record.name.endswith(INDEX)
+        else (SUFFIX, shard_names, r"_\d{5}\.weights\.h5")
+    )  # fmt: skip
+    whole = re.compile(re.escape(record.name.removesuffix(suffix)) + pattern)
+    try:
+        return [name for name in names(Source(record)) if whole.fullmatch(name)]
+    except CheckpointError:
+        return []
+
+
+def _shard_name(output: Path, number: int) -> str:
+    return f"{output.name.removesuffix(SUFFIX)}_{number:05}.weights.h5"
 
 
 def check_structure(format: str, output: Path, newest: TensorTable, structure: TensorTable) -> None:
@@ -229,12 +251,11 @@ def _hdf5(plan: Plan) -> Draft:
 
 def _sharded(plan: Plan) -> Draft:
     structure: Shards = plan.structure.layout
-    base = plan.output.name.removesuffix(SUFFIX)
     files: list[NewFile] = []
     places: dict[str, Tensor] = {}
     renamed: dict[str, str] = {}
     for name, part in structure.parts.items():
-        renamed[name] = f"{base}_{len(files):05}.weights.h5"
+        renamed[name] = _shard_name(plan.output, len(files))
         file = NewFile(plan.path / renamed[name])
         found, _ = _skeleton(plan, part, file, 0, number=len(files))
         if not found and files:  # nothing in it but what is dropped; Keras opens the first one in any case
@@ -248,7 +269,7 @@ def _sharded(plan: Plan) -> Draft:
     for group, names in structure.map["weight_map"].items():
         inside = {renamed[name] for name in ([names] if isinstance(names, str) else names) if name in renamed}
         holding = {
-            Path(files[t.source].path).name for name, t in places.items() if name.rpartition("/")[0] == group[1:]
+            Path(files[t.source].path).name for name, t in places.items() if name.rpartition("/")[0] == group.strip("/")
         }
         if inside & holding:
             kept[group] = sorted(inside & holding)

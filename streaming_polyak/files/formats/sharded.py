@@ -32,18 +32,7 @@ def open_sharded(source: Source, parser: Parser) -> TensorTable:
     def refuse(reason: str) -> CheckpointError:
         return CheckpointError("sharded", source.path, reason)
 
-    if source.size > _MAX_MAP_BYTES:
-        raise refuse("it is unreasonably long.")
-    said = read_json(source, source.read(0, source.size), "it")
-    if not isinstance(said, dict) or not isinstance(said.get("weight_map"), dict):
-        raise refuse("it has no weight_map.")
-    shards: dict[str, set[str]] = {}
-    for group, names in said["weight_map"].items():
-        for name in names if isinstance(names, list) else [names]:
-            if not isinstance(name, str) or name != Path(name).name or not name.endswith(".weights.h5"):
-                raise refuse(f"the shard {name!r:.100} of {group!r:.100} is not a .weights.h5 file in its own folder.")
-            shards.setdefault(name, set()).add(group.strip("/"))
-
+    said, shards = _read_map(source)
     sources: list[Source] = [source]
     tensors: dict[str, Tensor] = {}
     parts: dict[str, Hdf5Part] = {}
@@ -74,3 +63,28 @@ def open_sharded(source: Source, parser: Parser) -> TensorTable:
             layout=Shards(said, parts),
             provenance=provenance if isinstance(provenance, dict) else None,
         ).validate()
+
+
+def shard_names(source: Source) -> list[str]:
+    """Returns the names of the HDF5 files of a store, from its map alone."""
+    return list(_read_map(source)[1])
+
+
+def _read_map(source: Source) -> tuple[dict[str, Any], dict[str, set[str]]]:
+    """Returns the map as parsed, and the groups of each shard."""
+
+    def refuse(reason: str) -> CheckpointError:
+        return CheckpointError("sharded", source.path, reason)
+
+    if source.size > _MAX_MAP_BYTES:
+        raise refuse("it is unreasonably long.")
+    said = read_json(source, source.read(0, source.size), "it")
+    if not isinstance(said, dict) or not isinstance(said.get("weight_map"), dict):
+        raise refuse("it has no weight_map.")
+    shards: dict[str, set[str]] = {}
+    for group, names in said["weight_map"].items():
+        for name in names if isinstance(names, list) else [names]:
+            if not isinstance(name, str) or name != Path(name).name or not name.endswith(".weights.h5"):
+                raise refuse(f"the shard {name!r:.100} of {group!r:.100} is not a .weights.h5 file in its own folder.")
+            shards.setdefault(name, set()).add(group.strip("/"))
+    return said, shards

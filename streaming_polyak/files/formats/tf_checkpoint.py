@@ -135,6 +135,13 @@ def open_tf_checkpoint(prefix: Path, *, format: str = "tf_checkpoint", path: Pat
     ).validate()
 
 
+def data_names(index: Source) -> list[str]:
+    """Returns the names of the data files of a bundle, from its index alone."""
+    prefix = index.path.name.removesuffix(INDEX)
+    count, _ = _read_header(index, next(read_table(index))[1])
+    return [f"{prefix}.data-{shard:05d}-of-{count:05d}" for shard in range(count)]
+
+
 def index_bytes(layout: Bundle, crc32c: Mapping[str, int]) -> bytes:
     """Returns an index with the same tensors at the same places, some of them with other contents.
 
