@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import gc
 import io
 import itertools
 import json
@@ -16,8 +17,10 @@ import subprocess
 import sys
 import time
 import traceback
+import tracemalloc
 import zipfile
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import h5py
@@ -34,7 +37,9 @@ from streaming_polyak.errors import CheckpointError, NonFiniteError
 from streaming_polyak.files import average as average_module
 from streaming_polyak.files import average_pass, inspection, tensors, verify
 from streaming_polyak.files.average import average_checkpoints
+from streaming_polyak.files.checkpoint_set import CheckpointSet
 from streaming_polyak.files.formats import hdf5, open_checkpoint
+from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import cpus
 from streaming_polyak.files.storage import TEMPORARY, NewFile
@@ -385,6 +390,32 @@ def test_budget_and_threads_do_not_change_a_bit(large, tmp_path, monkeypatch):
     got = read(output)["a"]
     mean = np.average([a["a"].astype(np.float64) for a in arrays], axis=0, weights=[3, 1, 1])
     np.testing.assert_array_max_ulp(got, mean.astype(np.float32), 1)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (write_bundle, "ckpt-{}"),
+        (write_npz, "{}.npz"),
+        (write_safetensors, "{}.safetensors"),
+        (write_keras, "{}.keras"),
+    ],
+)
+def test_what_is_kept_of_an_input_is_a_few_bytes_a_tensor(tmp_path, write, name):
+    arrays = {f"layer/{k:03}": np.float32([k]) for k in range(300)}
+    paths = [Path(write(tmp_path / name.format(k), arrays)) for k in range(23)]
+    kept = []
+    for count in (3, 23):
+        with ExitStack() as stack:
+            parser = stack.enter_context(Parser())
+            tracemalloc.start()
+            inputs = CheckpointSet(paths[:count], parser, stack)
+            gc.collect()
+            kept.append(tracemalloc.get_traced_memory()[0])
+            tracemalloc.stop()
+            assert inputs.kept_bytes < kept[-1]
+    of_each_file = (kept[1] - kept[0]) / 20
+    assert of_each_file < 300 * 40 + 8_000
 
 
 # Which inputs, and how much each weighs.
@@ -1149,6 +1180,7 @@ def test_more_files_than_may_be_open_at_once_are_opened_anew_for_each_read(tmp_p
 
 MEMORY = """
 import json, re, sys, threading
+from contextlib import ExitStack
 from pathlib import Path
 from streaming_polyak.files.average import average_checkpoints
 

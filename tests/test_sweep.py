@@ -1,12 +1,14 @@
 """All averages of the last n in one pass equal the obvious way: numpy.average over all members, for every n."""
 
 import csv
+import itertools
 import json
 import os
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_average import write_bundle
 
 from streaming_polyak import LINEAR, MEAN, CheckpointError, Exponential, NonFiniteError, Polynomial, sweep_checkpoints
 from streaming_polyak.files import tensors
@@ -75,7 +77,7 @@ def test_every_average_equals_numpy_average_over_all_members(tmp_path, count, ac
     seen = iter(record.seen)
     for n in range(1, count + 1):
         single = next(seen)
-        assert all(single[name].tobytes() == contents[-n][name].tobytes() for name in single if name != "steps")
+        assert all(single[name].tobytes() == contents[-n][name].tobytes() for name in contents[-n])
         for weighting in weightings.values() if n > 1 else ():
             average = next(seen)
             assert average["steps"].tolist() == [count - 1]  # integers are the newest's
@@ -132,6 +134,23 @@ def test_each_file_is_read_once_however_many_weightings(tmp_path, monkeypatch):
     for path in paths:
         data = [size for where, size in read if where == path and size in {7 * 11 * 4, 3 * 8, 4}]
         assert sum(data) == bytes_of, path
+
+
+def test_a_damaged_tensorflow_checkpoint_is_an_error_in_a_sweep_too(tmp_path):
+    paths = [write_bundle(tmp_path / f"{i}/ckpt", {"w": np.full(8, i, np.float32)}) for i in range(3)]
+    data = tmp_path / "1/ckpt.data-00000-of-00001"
+    data.write_bytes(data.read_bytes()[:-1] + b"\1")
+    with pytest.raises(CheckpointError, match=r"1.ckpt, tensor 'w': its CRC-32C is"):
+        sweep_checkpoints(paths, [MEAN], lambda given: float(given["w"][0]))
+
+
+def test_a_tensor_that_is_not_there_is_named_with_some_that_are(tmp_path):
+    paths, _ = members(tmp_path, 3)
+    with pytest.raises(KeyError, match="no tensor 'kernels' in the checkpoints; they have bias, kernel, "):
+        sweep_checkpoints(paths, [MEAN], lambda given: float(given["kernels"].sum()))
+    calls = itertools.count()
+    with pytest.raises(KeyError, match="no tensor 'kernels'"):  # of an average, after those of two members
+        sweep_checkpoints(paths, [MEAN], lambda given: float(given["kernels" if next(calls) == 2 else "kernel"].sum()))
 
 
 def test_an_evaluation_may_look_at_a_tensor_twice(tmp_path):
@@ -268,6 +287,7 @@ def test_a_member_that_changes_meanwhile_is_an_error(tmp_path):
         ([[1.0, 2.0]], "Expected 3 finite weights >= 0"),
         ([[1.0, 2.0, 0.0]], "the newest above 0"),
         ([[1.0, -2.0, 1.0]], "Expected 3 finite weights >= 0"),
+        ([Polynomial(65)], "Expected a power of at most 64"),
         ([MEAN, MEAN], "Expected a name of its own for each weighting, got 'mean' twice"),
         ({"single": MEAN}, "or 'single'"),
         ([], "Expected at least one weighting"),
@@ -285,8 +305,11 @@ def test_other_wrong_arguments_are_refused(tmp_path):
         sweep_checkpoints(paths, [MEAN], lambda given: 0.0, accumulators="tape")
     with pytest.raises(ValueError, match="Expected evaluate to return metrics by name"):
         sweep_checkpoints(paths, [MEAN], lambda given: {})
+    for nonsense in (None, np.zeros(3), {"loss": None}, {"loss": [1.0]}, "good"):
+        with pytest.raises(ValueError, match="Expected evaluate to return numbers by name, or one number, got"):
+            sweep_checkpoints(paths, [MEAN], lambda given, nonsense=nonsense: nonsense)
     turn = iter("ab" * 4)
-    with pytest.raises(ValueError, match="the same metrics each time"):
+    with pytest.raises(ValueError, match="the same metrics each time, got b after a"):
         sweep_checkpoints(paths, [MEAN], lambda given: {next(turn): 0.0})
     result = sweep_checkpoints(paths, [MEAN], lambda given: {"loss": float("nan")})
     with pytest.raises(ValueError, match="NaN in all rows"):

@@ -286,8 +286,8 @@ def _check_output(output: Path, format: str, inputs: CheckpointSet, structure: T
 
 
 def _threads(budget: int, inputs: CheckpointSet) -> int:
-    pieces_kept = 4 * len(inputs.paths) * max(1, sum(t.size for t in inputs.averaged) // pieces.PIECE)
-    fixed = _KEPT_BYTES + inputs.kept_bytes + pieces_kept
+    checksums_kept = 4 * (2 if inputs.crc32c else 1) * len(inputs.paths) * len(pieces.cut(inputs.averaged))
+    fixed = _KEPT_BYTES + inputs.kept_bytes + checksums_kept
     itemsize = max(tensor.stored_dtype.itemsize for tensor in inputs.averaged)
     converted = any(tensor.dtype != "float32" for tensor in inputs.averaged) or bool(inputs.big_endian.any())
     sums = 2 + (len(inputs.paths) > summation.GROUP)

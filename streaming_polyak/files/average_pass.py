@@ -58,7 +58,7 @@ class AveragePass:
         self._new_worker: Callable[[], _Worker] = lambda: _Worker(raw, allow_nonfinite)
         self._pieces = pieces.cut(inputs.averaged)
         self._crcs = np.zeros((len(inputs.paths), len(self._pieces)), np.uint32)
-        self._has_castagnoli = any(t.crc32c is not None for t in inputs.averaged)
+        self._has_castagnoli = bool(inputs.crc32c)
         self._castagnoli = np.zeros(self._crcs.shape if self._has_castagnoli else (0, 0), np.uint32)
         self._written = np.zeros(len(self._pieces), np.uint32)
 
@@ -190,7 +190,7 @@ class AveragePass:
         tensor, file = table.tensors[place.name], draft.files[place.source]
         if tensor.describe() != place.describe():
             raise plan.structure.refuse("template", f"{place.describe()} there, {tensor.describe()} here.", place.name)
-        checksum, crc = (crc32c if draft.castagnoli else crc32), 0
+        checksum, crc, stored = (crc32c if draft.castagnoli else crc32), 0, 0
         assert place.offset is not None
         zero = is_reset(plan, place) or tensor.offset is None
         itemsize = place.stored_dtype.itemsize
@@ -200,10 +200,13 @@ class AveragePass:
             data = np.zeros(count, np.uint8)
             if not zero:
                 table.sources[tensor.source].read_into(data.data, (tensor.offset or 0) + at)
+                stored = crc32c(data, stored) if tensor.crc32c is not None else 0
                 if tensor.big_endian != place.big_endian:
                     data = data.reshape(-1, itemsize)[:, ::-1].reshape(-1).copy()
             file.write(data, place.offset + at)
             crc = checksum(data, crc)
+        if not zero:
+            table.check_crc32c(tensor.name, stored)
         return crc
 
     def _finish_input(self, i: int) -> int:
@@ -218,18 +221,10 @@ class AveragePass:
             if self._has_castagnoli:
                 castagnoli[k] = crc32c_combine(castagnoli.get(k, 0), int(self._castagnoli[i, number]), size)
         for k, crc in castagnoli.items():
-            name = inputs.averaged[k].name
-            wanted = table.tensors[name].crc32c
-            if wanted is not None and crc != wanted:
-                raise table.refuse(
-                    "damaged",
-                    f"its CRC-32C is {crc:08x}, not {wanted:08x} as the index says: the file is damaged.",
-                    name,
-                )
-        whole = 0
+            inputs.check_crc32c(i, k, crc)
+        kept, whole = inputs.checksums(i), 0
         for number, source in enumerate(table.sources):
-            checksums = [c for c in table.checksums if c.source == number]
-            crc = pieces.digest(source, segments[number], checksums, self._meter)
+            crc = pieces.digest(source, segments[number], (c for c in kept if c.source == number), self._meter)
             if not isinstance(source, UnpackedSource):
                 whole = crc32_combine(whole, crc, source.size)
         return whole

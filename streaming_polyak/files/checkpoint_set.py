@@ -1,12 +1,13 @@
 """Checkpoints of one model, all open at once: compared before anything is read, then read by ranges of elements.
 
-Only the table of the newest is kept. Of the others, what is kept is where each tensor that is averaged stands: eleven
-bytes a tensor.
+Only the table of the newest is kept. Of the others, what is kept is where each tensor stands and what its checksum is:
+eleven bytes a tensor, and up to twenty-two where the format keeps a checksum of each.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,18 @@ from numpy.typing import NDArray
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
-from streaming_polyak.files.tensors import FLOATS, Source, TensorTable, UnpackedSource, differences, is_optimizer
+from streaming_polyak.files.tensors import (
+    DTYPES,
+    FLOATS,
+    Checksum,
+    Source,
+    TensorTable,
+    UnpackedSource,
+    differences,
+    is_optimizer,
+)
 
+_CHECKSUM = np.dtype([("source", np.uint16), ("start", np.int64), ("size", np.int64), ("crc32", np.uint32)])
 _OPEN_FILES = 64  # descriptors left for everything else
 
 
@@ -33,10 +44,12 @@ class CheckpointSet:
     Attributes:
         newest: the table of the newest.
         averaged: its tensors that are averaged: floating ones of the model.
-        offsets: int64 of shape (checkpoints, averaged tensors): where each begins in its file.
+        copied: its other tensors of numbers that belong to the model.
+        offsets: int64 of shape (checkpoints, averaged and then copied tensors): where each begins in its file.
         source_numbers: of the same shape: in which file of its checkpoint.
         big_endian: of the same shape: the byte order.
-        tables: of all checkpoints, without their tensors.
+        crc32c: of those checkpoints whose format keeps them, by number: of each tensor, uint32.
+        tables: of all checkpoints, without their tensors and checksums.
         sizes: bytes of the files of each checkpoint.
 
     Raises:
@@ -57,10 +70,14 @@ class CheckpointSet:
         if not self.averaged:
             raise self.newest.refuse("no-floats", "it has no floating tensor that could be averaged.")
         compared = {n: t for n, t in self.newest.tensors.items() if not is_optimizer(n, self.newest.format)}
-        shape = len(paths), len(self.averaged)
+        self.copied = [t for t in compared.values() if t.dtype in DTYPES and t.dtype not in FLOATS]
+        placed = [*self.averaged, *self.copied]
+        shape = len(paths), len(placed)
         self.offsets = np.zeros(shape, np.int64)
         self.source_numbers = np.zeros(shape, np.uint16)
         self.big_endian = np.zeros(shape, bool)
+        self.crc32c: dict[int, NDArray[np.uint32]] = {}
+        self._checksums: list[tuple[NDArray[np.void], Sequence[str]]] = []
         self.tables: list[TensorTable] = []
         self.sizes: list[int] = []
         seen: dict[tuple[int, int], Path] = {}
@@ -86,14 +103,17 @@ class CheckpointSet:
                     + "\n".join([*different[:20], *([f"  ... and {len(different) - 20} more"] * (len(different) > 20))])
                     + "\nAverage checkpoints of one model only.",
                 )
-            for k, tensor in enumerate(self.averaged):
+            for k, tensor in enumerate(placed):
                 there = table.tensors[tensor.name]
                 self.offsets[i, k] = there.offset or 0
                 self.source_numbers[i, k] = there.source
                 self.big_endian[i, k] = there.big_endian
+            if table.tensors[placed[0].name].crc32c is not None:
+                self.crc32c[i] = np.array([table.tensors[t.name].crc32c for t in placed], np.uint32)
+            self._keep_checksums(table)
             self.sizes.append(sum(s.size for s in table.sources if not isinstance(s, UnpackedSource)))
             if table is not self.newest:
-                table.tensors = {} if table.format not in ("tf_checkpoint", "saved_model") else table.tensors
+                table.tensors = {}
                 table.layout = None
             self.tables.append(table)
             for source in table.sources:
@@ -104,12 +124,40 @@ class CheckpointSet:
     @property
     def kept_bytes(self) -> int:
         """What is kept of all tables."""
-        return self.offsets.nbytes + self.source_numbers.nbytes + self.big_endian.nbytes
+        arrays: list[NDArray[Any]] = [self.offsets, self.source_numbers, self.big_endian, *self.crc32c.values()]
+        return sum(array.nbytes for array in [*arrays, *(kept for kept, _ in self._checksums)])
+
+    def checksums(self, i: int) -> list[Checksum]:
+        """Returns the CRC-32 that the format of an input keeps over ranges of its files."""
+        kept, whats = self._checksums[i]
+        return [
+            Checksum(source, start, size, crc, what)
+            for (source, start, size, crc), what in zip(kept.tolist(), whats, strict=True)
+        ]
+
+    def _keep_checksums(self, table: TensorTable) -> None:
+        """Moves the checksums of a table into arrays: as objects, of thousands of tensors, they take much memory."""
+        rows = [(c.source, c.start, c.size, c.crc32) for c in table.checksums]
+        whats: Sequence[str] = [checksum.what for checksum in table.checksums]
+        if self._checksums and whats == self._checksums[-1][1]:
+            whats = self._checksums[-1][1]
+        self._checksums.append((np.array(rows, _CHECKSUM), whats))
+        table.checksums = ()
 
     def read_into(self, i: int, k: int, buffer: memoryview, first: int) -> None:
         """Reads elements of an averaged tensor of an input, as stored."""
         source = self.tables[i].sources[self.source_numbers[i, k]]
         source.read_into(buffer, int(self.offsets[i, k]) + first * self.itemsize(k))
+
+    def check_crc32c(self, i: int, k: int, crc: int) -> None:
+        """Checks the CRC-32C of what was read of a tensor.
+
+        Raises:
+            CheckpointError: it is not what the index of the checkpoint says.
+        """
+        if i in self.crc32c:
+            name = [*self.averaged, *self.copied][k].name
+            self.tables[i].check_crc32c(name, crc, int(self.crc32c[i][k]))
 
     def places(self, k: int) -> list[tuple[Source, int, bool]]:
         """Returns of each input in which file an averaged tensor stands, from which byte on, and if big-endian."""
@@ -125,7 +173,7 @@ class CheckpointSet:
         ]
 
     def itemsize(self, k: int) -> int:
-        """Bytes of an element."""
+        """Bytes of an element of an averaged tensor."""
         return self.averaged[k].stored_dtype.itemsize
 
     def check_unchanged(self) -> None:

@@ -23,7 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,18 +34,20 @@ from streaming_polyak.errors import NonFiniteError
 from streaming_polyak.files import pieces
 from streaming_polyak.files.average import Paths
 from streaming_polyak.files.checkpoint_set import CheckpointSet, as_floats
-from streaming_polyak.files.checksums import crc32
+from streaming_polyak.files.checksums import crc32, crc32c
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import find_checkpoints
 from streaming_polyak.files.meter import Meter
 from streaming_polyak.files.summation import TILE, rounded
 from streaming_polyak.files.sweep_result import SINGLE, SweepResult, SweepRow
-from streaming_polyak.files.tensors import DTYPES, Tensor, is_optimizer
+from streaming_polyak.files.tensors import DTYPES, Tensor
 from streaming_polyak.weighting import Exponential, Polynomial, Weighting
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
 Evaluate = Callable[[Tensors], Mapping[str, float] | float]
+_MAX_POWER = 64
+_Found = TypeVar("_Found")
 Weightings = Mapping[str, "Weighting | Sequence[float]"] | Sequence["Weighting | Sequence[float]"]
 
 
@@ -96,27 +99,22 @@ def sweep_checkpoints(
         bar = stack.enter_context(
             tqdm(total=len(found) * (1 + len(named)), unit="evaluation", disable=None if progress else True)
         )
-        copied = {
-            name: members.newest.read(name)
-            for name, t in members.newest.tensors.items()
-            if t.dtype in DTYPES and name not in sums.places and not is_optimizer(name, members.newest.format)
-        }
+        copied = {tensor.name: members.newest.read(tensor.name) for tensor in members.copied}
         singles: list[SweepRow] = []
         averages: dict[str, list[SweepRow]] = {name: [] for name in named}
         for n in range(1, len(found) + 1):
-            member = _Member(members, len(found) - n, sums, n, copied, allow_nonfinite)
-            metrics = _metrics(evaluate(member))
+            member = _Member(members, len(found) - n, sums, n, allow_nonfinite)
+            metrics = _metrics(evaluate(member), singles)
             member.finish()
             singles.append(SweepRow(SINGLE, 1, (found[-n],), metrics))
             bar.update()
             for name in named:
                 # The average of one member is that member.
-                scores = metrics if n == 1 else _metrics(evaluate(_Average(sums, name, n, members.averaged, copied)))
+                average = _Average(sums, name, n, members.averaged, copied)
+                scores = metrics if n == 1 else _metrics(evaluate(average), singles)
                 averages[name].append(SweepRow(name, n, tuple(found[-n:]), scores))
                 bar.update()
         rows = (*singles, *(row for name in named for row in averages[name]))
-        if any(row.metrics.keys() != rows[0].metrics.keys() for row in rows):
-            raise ValueError("Expected evaluate to return the same metrics each time, but they differ.")
         return SweepResult(rows, named, tuple(found), time.perf_counter() - started, sum(members.sizes))
 
 
@@ -191,12 +189,14 @@ class _Sums:
         return out.reshape(tensor.shape)
 
     @staticmethod
+    @lru_cache(maxsize=64)  # the same for all tiles of all tensors
     def _weight(weighting: Weighting | tuple[float, ...], n: int) -> float:
         if isinstance(weighting, tuple):
             return weighting[-n]
         return float(weighting.raw_weights(n)[0])  # of the oldest, that of the newest being 1
 
     @staticmethod
+    @lru_cache(maxsize=64)
     def _norm(weighting: Weighting | tuple[float, ...], n: int) -> float:
         if isinstance(weighting, tuple):
             return math.fsum(weighting[-n:])
@@ -211,55 +211,53 @@ class _Sums:
 
 
 class _Member(Mapping[str, Array]):
-    """The tensors of one member; each is added up the first time it is read."""
+    """The tensors of one member; each is added up, or checked, the first time it is read."""
 
-    def __init__(
-        self, members: CheckpointSet, i: int, sums: _Sums, n: int, copied: Tensors, allow_nonfinite: bool
-    ) -> None:
+    def __init__(self, members: CheckpointSet, i: int, sums: _Sums, n: int, allow_nonfinite: bool) -> None:
         self._members, self._i, self._sums, self._n = members, i, sums, n
-        self._copied, self._allow_nonfinite = copied, allow_nonfinite
-        self._numbers = {tensor.name: k for k, tensor in enumerate(members.averaged)}
+        self._allow_nonfinite = allow_nonfinite
+        self._tensors = {tensor.name: (k, tensor) for k, tensor in enumerate([*members.averaged, *members.copied])}
         self._segments: dict[str, tuple[int, pieces.Segment]] = {}
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self._numbers:
-            return self._copied[name].copy()
-        k = self._numbers[name]
-        members, tensor = self._members, self._members.averaged[k]
+        members, i = self._members, self._i
+        k, tensor = _found(self._tensors, name)
+        offset, number = int(members.offsets[i, k]), int(members.source_numbers[i, k])
         raw = np.empty(tensor.nbytes, np.uint8)
-        members.read_into(self._i, k, raw.data, 0)
-        big = bool(members.big_endian[self._i, k])
-        values = raw.view(tensor.stored_dtype.newbyteorder(">" if big else "<")).astype(
-            DTYPES[tensor.dtype], copy=False
-        )
+        members.tables[i].sources[number].read_into(raw.data, offset)
+        big = bool(members.big_endian[i, k])
+        dtype = DTYPES[tensor.dtype]
+        values = raw.view(dtype.newbyteorder(">" if big else "<")).astype(dtype, copy=False)
         if name not in self._segments:
-            segment = pieces.Segment(int(members.offsets[self._i, k]), tensor.nbytes, crc32(raw))
-            self._segments[name] = int(members.source_numbers[self._i, k]), segment
-            if not self._allow_nonfinite and not np.isfinite(values).all():
-                raise NonFiniteError(f"{members.paths[self._i]}, tensor {name!r}: it holds NaN or infinity.")
-            floats = as_floats(raw, tensor.dtype, big, np.empty(0 if tensor.nbytes == 0 else 8 * tensor.size, np.uint8))
-            self._sums.add(name, floats, self._n)
+            members.check_crc32c(i, k, crc32c(raw) if i in members.crc32c else 0)
+            self._segments[name] = number, pieces.Segment(offset, tensor.nbytes, crc32(raw))
+            if name in self._sums.places:
+                if not self._allow_nonfinite and not np.isfinite(values).all():
+                    raise NonFiniteError(f"{members.paths[i]}, tensor {name!r}: it holds NaN or infinity.")
+                floats = as_floats(
+                    raw, tensor.dtype, big, np.empty(0 if tensor.nbytes == 0 else 8 * tensor.size, np.uint8)
+                )
+                self._sums.add(name, floats, self._n)
         return values.reshape(tensor.shape)
 
     def finish(self) -> None:
         """Adds up what the evaluation did not look at, and checks that the file is whole and unchanged."""
-        for name in self._numbers:
+        for name in self._tensors:
             if name not in self._segments:
                 self[name]
-        table = self._members.tables[self._i]
+        table, kept = self._members.tables[self._i], self._members.checksums(self._i)
         for number, source in enumerate(table.sources):
             segments = [segment for where, segment in self._segments.values() if where == number]
-            checksums = [checksum for checksum in table.checksums if checksum.source == number]
+            checksums = [checksum for checksum in kept if checksum.source == number]
             if checksums:
                 pieces.digest(source, segments, checksums, Meter(None, "", False))
             source.check_unchanged()
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._numbers
-        yield from self._copied
+        yield from self._tensors
 
     def __len__(self) -> int:
-        return len(self._numbers) + len(self._copied)
+        return len(self._tensors)
 
 
 class _Average(Mapping[str, Array]):
@@ -270,9 +268,9 @@ class _Average(Mapping[str, Array]):
         self._averaged = {tensor.name: tensor for tensor in averaged}
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self._averaged:
+        if name in self._copied:
             return self._copied[name].copy()
-        return self._sums.average(self._weighting, self._averaged[name], self._n)
+        return self._sums.average(self._weighting, _found(self._averaged, name), self._n)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._averaged
@@ -280,6 +278,16 @@ class _Average(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._averaged) + len(self._copied)
+
+
+def _found(tensors: Mapping[str, _Found], name: str) -> _Found:
+    try:
+        return tensors[name]
+    except KeyError:
+        raise KeyError(
+            f"no tensor {name!r} in the checkpoints; they have {', '.join([*tensors][:5])}"
+            f"{f' and {len(tensors) - 5} more' if len(tensors) > 5 else ''}"
+        ) from None
 
 
 def _named(weightings: Weightings, count: int) -> dict[str, Weighting | tuple[float, ...]]:
@@ -293,6 +301,10 @@ def _named(weightings: Weightings, count: int) -> dict[str, Weighting | tuple[fl
             raise ValueError(f"Expected a name of its own for each weighting, got {name!r} twice or {SINGLE!r}.")
         if isinstance(weighting, Polynomial) and weighting.power != int(weighting.power):
             raise ValueError(f"Expected a whole power, as one pass needs it, got {weighting!r}.")
+        if isinstance(weighting, Polynomial) and weighting.power > _MAX_POWER:
+            raise ValueError(
+                f"Expected a power of at most {_MAX_POWER}, as it takes power + 1 sums, got {weighting!r}."
+            )
         if isinstance(weighting, (Polynomial, Exponential)):
             named[name] = weighting
             continue
@@ -309,11 +321,20 @@ def _named(weightings: Weightings, count: int) -> dict[str, Weighting | tuple[fl
     return named
 
 
-def _metrics(returned: Mapping[str, float] | float) -> dict[str, float]:
-    if isinstance(returned, Mapping):
-        metrics = {str(name): float(value) for name, value in returned.items()}
-    else:
-        metrics = {"score": float(returned)}
+def _metrics(returned: object, before: Sequence[SweepRow]) -> dict[str, float]:
+    """Returns what an evaluation gave as metrics by name; those of all rows must be the same ones."""
+    values: Mapping[Any, Any] = returned if isinstance(returned, Mapping) else {"score": returned}
+    try:
+        metrics = {str(name): float(value) for name, value in values.items()}
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"Expected evaluate to return numbers by name, or one number, got {returned!r:.200}."
+        ) from None
     if not metrics:
         raise ValueError("Expected evaluate to return metrics by name, or a number, got an empty dict.")
+    if before and metrics.keys() != before[0].metrics.keys():
+        raise ValueError(
+            f"Expected evaluate to return the same metrics each time, got {', '.join(metrics)} after "
+            f"{', '.join(before[0].metrics)}."
+        )
     return metrics

@@ -362,6 +362,25 @@ class TensorTable:
             self.sources[tensor.source].read_into(stored.view(np.uint8).data, tensor.offset)
         return stored.astype(dtype, copy=False).reshape(tensor.shape)
 
+    def check_crc32c(self, name: str, got: int, wanted: int | None = None) -> None:
+        """Checks the CRC-32C of the bytes of a tensor, where the format keeps one.
+
+        Args:
+            name: of the tensor.
+            got: of what was read.
+            wanted: what the format says; `None` for what the table has.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        wanted = self.tensors[name].crc32c if wanted is None else wanted
+        if wanted is not None and got != wanted:
+            raise self.refuse(
+                "damaged",
+                f"its CRC-32C is {got:08x}, not {wanted:08x} as the index says: the file is damaged.",
+                name,
+            )
+
     def check_unchanged(self) -> None:
         """Checks that nobody wrote to any file of the checkpoint since the table was made."""
         for source in self.sources:

@@ -172,13 +172,7 @@ def read_all(table: TensorTable, threads: int, *, castagnoli: bool = False, mete
             second[tensor.name] = crc32c_combine(second[tensor.name], other, size)
     for tensor in stored:
         if tensor.crc32c is not None and tensor.dtype != "string":
-            if second[tensor.name] != tensor.crc32c:
-                raise table.refuse(
-                    "damaged",
-                    f"its CRC-32C is {second[tensor.name]:08x}, not {tensor.crc32c:08x} as the index says: the file is "
-                    "damaged.",
-                    tensor.name,
-                )
+            table.check_crc32c(tensor.name, second[tensor.name])
             reading.checked += 1
     for number, source in enumerate(table.sources):
         checksums = [c for c in table.checksums if c.source == number]
