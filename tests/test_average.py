@@ -971,6 +971,32 @@ def test_a_name_that_says_no_format_is_refused(run, output):
     refused(run, "output-format", r"its name must end in \.keras, .*\.npz", [A, B], output)
 
 
+def test_a_template_that_is_damaged_changes_or_has_no_use_is_refused(tmp_path, monkeypatch):
+    paths = [write_hdf5(tmp_path / f"{k}.weights.h5", small(k)) for k in range(2)]
+    template = write_keras(tmp_path / "template.keras", small(0))
+    whole = template.read_bytes()
+    template.write_bytes(whole.replace(CONFIG[:20], CONFIG[:19] + b"!", 1))
+    message = "template.keras: member 'config.json' does not have the CRC-32"
+    refused(tmp_path, "damaged", message, paths, tmp_path / "out.keras", template=template)
+    template.write_bytes(whole)
+    refused(
+        tmp_path, None, "will hold tensors alone, so template=.*template.keras has no use", paths,
+        tmp_path / "out.npz", error=ValueError, template=template,
+    )  # fmt: skip
+    finish = average_pass.AveragePass._finish_input
+
+    def touch(self, i):
+        os.utime(template, ns=(1, 1))
+        return finish(self, i)
+
+    monkeypatch.setattr(average_pass.AveragePass, "_finish_input", touch)
+    message = "template.keras: it was written to or replaced while it was read"
+    average = functools.partial(average_checkpoints, paths, tmp_path / "out.keras", template=template)
+    with pytest.raises(CheckpointError, match=message):
+        average()
+    assert not (tmp_path / "out.keras").exists()
+
+
 def test_what_a_format_cannot_hold_is_refused(tmp_path):
     paths = [write_safetensors(tmp_path / "a.safetensors", {"x": np.ones(2, ml_dtypes.bfloat16)})]
     refused(tmp_path, "output-format", "npz cannot hold bfloat16. Use .safetensors", paths, tmp_path / "out.npz")

@@ -173,6 +173,8 @@ def average_checkpoints(
         inputs = CheckpointSet(found, parser, stack)
         structure = inputs.newest if template is None else _template(Path(template), inputs.newest, parser, stack)
         format = format_of(output, inputs.newest)
+        if template is not None and format in ("safetensors", "npz"):
+            raise ValueError(f"{output} will hold tensors alone, so template={template} has no use. Leave it out.")
         check_structure(format, output, inputs.newest, structure)
         _check_output(output, format, inputs, structure, overwrite)
         threads = _threads(budget, inputs)

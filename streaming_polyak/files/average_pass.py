@@ -95,6 +95,7 @@ class AveragePass:
             crcs: dict[int, int] = {}
             pieces.run(range(len(inputs.paths)), lambda i: crcs.update({i: self._finish_input(i)}), self._threads)
             inputs.check_unchanged()
+            plan.structure.check_unchanged()
             for i, entry in enumerate(plan.provenance["inputs"]):
                 entry["crc32"] = f"{crcs[i]:08x}"
             if not draft.castagnoli:

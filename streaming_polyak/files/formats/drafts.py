@@ -212,7 +212,10 @@ def _keras(plan: Plan) -> Draft:
         header = archive.local_header(old.name, old.size, old.crc32, old.modified, old.size >= 1 << 32)
         members.append(NewMember(old.name, at, old.size, old.crc32, old.modified, old.size >= 1 << 32))
         source, start, mapped = archive.in_place(structure.source, old)
-        at = _copy(source, start, old.size, file, file.write(header, at))
+        begin = file.write(header, at)
+        at = _copy(source, start, old.size, file, begin)
+        if _digest(file, begin, old.size, {}, {}) != old.crc32:
+            raise plan.structure.refuse("damaged", f"member {old.name!r} does not have the CRC-32 that it declares.")
         if not mapped:
             source.close()
     # Room for metadata; whether the sizes take eight bytes has to be known before the size is.
