@@ -61,6 +61,7 @@ def values(kind, dtype, n, size, rng):
         "largest": largest,
         "ties": ties,
         "balanced": balanced,
+        "sparse": sparse,
     }
     return kinds[kind](dtype, n, size, rng)
 
@@ -114,7 +115,15 @@ def balanced(dtype, n, size, rng):
     return members
 
 
-KINDS = ["normal", "wide", "cancelling", "subnormal", "zero", "opposite", "largest", "ties", "balanced"]
+def sparse(dtype, n, size, rng):
+    """Most elements are zero in all members, of either sign; one in ten cancels."""
+    members = np.where(rng.random(size) < 0.8, rng.choice([0.0, -0.0], (n, size)), rng.normal(size=(n, size)))
+    if n > 1:
+        members[-1, ::10] = -members[0, ::10]
+    return members.astype(dtype)
+
+
+KINDS = ["normal", "wide", "cancelling", "subnormal", "zero", "opposite", "largest", "ties", "balanced", "sparse"]
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ class TileAverager:
             np.abs(total, out=scratch)
             least = error * 2.0 ** (_PRECISION[dtype] + 2)
             if float(scratch.min()) < least:
-                self._redo(dtype, total, np.flatnonzero(scratch < least), reload)
+                self._redo(dtype, total, np.flatnonzero(scratch < least), reload, summed=True)
         return total
 
     def _doubled(self, size: int, load: Load, reload: Reload) -> Float64Array:
@@ -142,10 +142,19 @@ class TileAverager:
             self._redo("float64", total, np.arange(start, min(start + _SUBTILE, size)), reload)
         return total
 
-    def _redo(self, dtype: str, total: Float64Array, where: NDArray[np.intp], reload: Reload) -> None:
-        """Computes the elements `where` of `total` with error terms, and what that cannot vouch for with fractions."""
+    def _redo(
+        self, dtype: str, total: Float64Array, where: NDArray[np.intp], reload: Reload, summed: bool = False
+    ) -> None:
+        """Computes the elements `where` of `total` with error terms, and what that cannot vouch for with fractions.
+
+        If they are sums already, those that are zero in all inputs, as in a layer that was pruned, are soon done.
+        """
         for start in range(0, len(where), _SUBTILE):
             part = where[start : start + _SUBTILE]
+            if summed and 2 * np.count_nonzero(total[part]) < len(part):
+                part = self._without_zeros(total, part, reload)
+                if not part.size:
+                    continue
             low, high = int(part[0]), int(part[-1]) + 1
             dense = len(part) == high - low
 
@@ -160,6 +169,16 @@ class TileAverager:
                 for i, a in enumerate(self._fractions):
                     exact = [s + a * Fraction(w) for s, w in zip(exact, values(i)[rest].tolist(), strict=True)]
                 total[part[rest]] = [float(s / self._exact_total) for s in exact]
+
+    def _without_zeros(self, total: Float64Array, where: NDArray[np.intp], reload: Reload) -> NDArray[np.intp]:
+        """Sets the elements that are zero in all inputs, and returns the others of `where`."""
+        low, high = int(where[0]), int(where[-1]) + 1
+        alive = total[low:high] != 0
+        for i in range(len(self._raw)):
+            alive |= reload(i, low, high) != 0
+        here = alive[where - low]
+        total[where[~here]] = 0.0
+        return where[here]
 
     def _with_error_terms(
         self, dtype: str, values: Callable[[int], Float64Array], size: int
