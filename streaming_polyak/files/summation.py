@@ -176,9 +176,10 @@ class TileAverager:
         alive = total[low:high] != 0
         for i in range(len(self._raw)):
             alive |= reload(i, low, high) != 0
-        here = alive[where - low]
+        here: NDArray[np.bool_] = alive[where - low]
         total[where[~here]] = 0.0
-        return where[here]
+        rest: NDArray[np.intp] = where[here]
+        return rest
 
     def _with_error_terms(
         self, dtype: str, values: Callable[[int], Float64Array], size: int
