@@ -418,6 +418,23 @@ def test_what_is_kept_of_an_input_is_a_few_bytes_a_tensor(tmp_path, write, name)
     assert of_each_file < 300 * 40 + 8_000
 
 
+def test_an_error_that_the_disk_tells_while_the_rest_is_computed_is_not_lost(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(average_pass, "_SYNC_BYTES", 1)
+    calls, sync = [], NewFile.sync
+
+    def once(self):
+        calls.append(self)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(self)
+
+    monkeypatch.setattr(NewFile, "sync", once)
+    with pytest.raises(OSError, match=r"Input/output error: '.*out.safetensors'"):
+        average_checkpoints(large, tmp_path / "out.safetensors")
+    assert len(calls) > 1
+    assert not list(tmp_path.iterdir())
+
+
 # Which inputs, and how much each weighs.
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.drafts import GROUPS, Draft, Plan, begin, is_reset, record
 from streaming_polyak.files.meter import Meter
 from streaming_polyak.files.pieces import Piece, Segment
+from streaming_polyak.files.storage import NewFile
 from streaming_polyak.files.summation import TILE, NonFiniteInput, TileAverager
 from streaming_polyak.files.tensors import Tensor, UnpackedSource, is_optimizer
 from streaming_polyak.files.verify import content_crc32, read_all
 
 _COPY_BYTES = 1 << 20
+_SYNC_BYTES = 32 << 20
 
 
 class _Worker:
@@ -61,6 +63,9 @@ class AveragePass:
         self._has_castagnoli = bool(inputs.crc32c)
         self._castagnoli = np.zeros(self._crcs.shape if self._has_castagnoli else (0, 0), np.uint32)
         self._written = np.zeros(len(self._pieces), np.uint32)
+        self._unsynced = 0
+        self._lock = threading.Lock()
+        self._syncs: list[Future[None]] = []
 
     def write(self, plan: Plan) -> dict[str, int]:
         """Makes the new checkpoint under a temporary name and reads it back.
@@ -76,6 +81,7 @@ class AveragePass:
         inputs = self._inputs
         final = record(plan.path / plan.output.name, plan.format) if plan.format in GROUPS else plan.path
         draft = begin(plan)
+        disk = ThreadPoolExecutor(1)
         try:
             missing = [
                 name
@@ -85,7 +91,7 @@ class AveragePass:
             if missing:
                 raise plan.structure.refuse("template", "the template does not have this tensor.", missing[0])
             work = list(enumerate(self._pieces))
-            pieces.run(work, lambda job: self._average(*job, draft), self._threads)
+            pieces.run(work, lambda job: self._average(*job, draft, disk), self._threads)
             digests = self._digests(draft)
             copied = 0
             for name, place in draft.places.items():
@@ -102,11 +108,12 @@ class AveragePass:
                 crc = content_crc32(plan.provenance, draft.places.values(), digests, plan.structure.format)
                 plan.provenance["content_crc32"] = f"{crc:08x}"
             draft.finish(digests, plan.provenance)
-            with ThreadPoolExecutor(1) as pool:
-                synced = pool.submit(draft.sync)  # takes as long as reading back, and waits for another device
-                self._read_back(final, plan, draft, digests)
-                synced.result()
+            self._syncs.append(disk.submit(draft.sync))  # while it is read back, which waits for nothing
+            self._read_back(final, plan, draft, digests)
+            for sync in self._syncs:  # the system tells an error once, perhaps to an early one
+                sync.result()
         finally:
+            disk.shutdown(cancel_futures=True)
             draft.close()
         return {
             "averaged": len(inputs.averaged),
@@ -115,7 +122,16 @@ class AveragePass:
             "written": sum(os.stat(file.path).st_size for file in draft.files),
         }
 
-    def _average(self, number: int, piece: Piece, draft: Draft) -> None:
+    def _sync_meanwhile(self, file: NewFile, written: int, disk: ThreadPoolExecutor) -> None:
+        """Has the disk write what there is while the rest is computed, instead of all of it in the end."""
+        with self._lock:
+            self._unsynced += written
+            if self._unsynced < _SYNC_BYTES or not all(sync.done() for sync in self._syncs):
+                return
+            self._unsynced = 0
+            self._syncs.append(disk.submit(file.sync))
+
+    def _average(self, number: int, piece: Piece, draft: Draft, disk: ThreadPoolExecutor) -> None:
         if not hasattr(self._local, "worker"):
             self._local.worker = self._new_worker()
         worker: _Worker = self._local.worker
@@ -165,6 +181,7 @@ class AveragePass:
             data = average.view(np.uint8).data
             file.write(data, place.offset + begin_at * itemsize)
             written = checksum(data, written)
+        self._sync_meanwhile(file, (hi - lo) * itemsize, disk)
         self._written[number] = written
         self._crcs[:, number] = crcs
         if self._has_castagnoli:
