@@ -435,6 +435,23 @@ def test_an_error_that_the_disk_tells_while_the_rest_is_computed_is_not_lost(lar
     assert not list(tmp_path.iterdir())
 
 
+def test_a_saved_model_with_a_linked_folder_is_refused_before_a_half_copy_is_made(tmp_path):
+    folders = []
+    for k in range(2):
+        folders.append(tmp_path / str(k))
+        write_bundle(folders[k] / "variables/variables", {"w": np.full(3, k, np.float32)})
+        (folders[k] / "saved_model.pb").touch()
+        (tmp_path / "assets").mkdir(exist_ok=True)
+        (folders[k] / "assets").symlink_to(tmp_path / "assets")
+    refused(tmp_path, "folder", "1: its folder assets is a link", folders, tmp_path / "out")
+    for folder in folders:
+        (folder / "assets").unlink()
+    average_checkpoints(folders, tmp_path / "out")
+    (tmp_path / "file").touch()
+    message = "file is a file, which no folder replaces"
+    refused(tmp_path, None, message, folders, tmp_path / "file", error=FileExistsError, overwrite=True)
+
+
 # Which inputs, and how much each weighs.
 
 

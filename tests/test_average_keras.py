@@ -357,6 +357,11 @@ def test_a_saved_model_is_averaged_and_serves(tmp_path):
         model.export(tmp_path / str(number), verbose=False)
     average_checkpoints([tmp_path / str(number) for number in range(3)], tmp_path / "out")
     by_hand(plain, models).export(tmp_path / "reference", verbose=False)
+    assert {path.name for path in (tmp_path / "0").iterdir()} - {
+        path.name for path in (tmp_path / "out").iterdir()
+    } == {
+        "fingerprint.pb"  # which has a hash of the variables
+    }
     served, wanted = (tf.saved_model.load(tmp_path / name) for name in ("out", "reference"))
     np.testing.assert_array_equal(served.serve(inputs(plain)), wanted.serve(inputs(plain)))
     said = json.loads((tmp_path / "out/assets.extra/streaming_polyak.json").read_text())

@@ -67,6 +67,27 @@ def test_without_hard_links_a_commit_replaces_nothing_either(tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other"]
 
 
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    for path in (tmp_path / ("n" * 247 + ".weights"), tmp_path / ("\u540d" * 80 + ".h5")):
+        Storage().commit(path, lambda temporary: temporary.write_bytes(b"new"))
+        Storage().commit_group(path, lambda folder, name=path.name: (folder / name).touch(), overwrite=True)
+        assert path.read_bytes() == b""
+
+
+def test_an_error_names_the_file_that_was_to_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    for commit in (Storage().commit, Storage().commit_group):
+        with pytest.raises(OSError, match=r"Not a directory: '.*/file/out'|File exists: '.*/file'"):
+            commit(tmp_path / "file" / "out", lambda temporary: None)
+
+        def write(temporary):
+            (temporary / "none" / "x").touch()
+
+        with pytest.raises(OSError, match=r"(No such file or|Not a) directory: '.*/out'"):
+            commit(tmp_path / "out", write)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failed_write_leaves_what_was_there(tmp_path, overwrite):
     path = tmp_path / "file"

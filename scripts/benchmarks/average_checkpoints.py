@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -180,8 +181,8 @@ def compare(
     output = folder / f"average.{suffix}"
     copy = folder / "copy"
     ways: dict[str, Callable[[], dict[str, float]]] = {
-        "cat": lambda: timed(f"cat {' '.join(map(str, paths))} > /dev/null"),
-        "write": lambda: timed(f"cat {paths[0]} > {copy} && sync {copy}"),
+        "cat": lambda: timed(f"cat {shlex.join(map(str, paths))} > /dev/null"),
+        "write": lambda: timed("cat {0} > {1} && sync {1}".format(*map(shlex.quote, (str(paths[0]), str(copy))))),
         "ours": lambda: measure("ours", paths, output, weighting),
         "ours, the command": lambda: timed(
             [sys.executable, "-m", "streaming_polyak", "average", *map(str, paths), "-o", str(output), "-w", weighting]

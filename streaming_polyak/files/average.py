@@ -175,7 +175,8 @@ def average_checkpoints(
         format = format_of(output, inputs.newest)
         if template is not None and format in ("safetensors", "npz"):
             raise ValueError(f"{output} will hold tensors alone, so template={template} has no use. Leave it out.")
-        check_structure(format, output, inputs.newest, structure)
+        wanted = _wanted(inputs.newest, format, optimizer)
+        check_structure(format, output, wanted, structure)
         _check_output(output, format, inputs, structure, overwrite)
         threads = _threads(budget, inputs)
         job = AveragePass(inputs, raw, threads, allow_nonfinite, meter)
@@ -193,9 +194,7 @@ def average_checkpoints(
         counts: dict[str, int] = {}
 
         def write(temporary: Path) -> None:
-            plan = Plan(
-                temporary, output, format, structure, _wanted(inputs.newest, format, optimizer), optimizer, said, parser
-            )
+            plan = Plan(temporary, output, format, structure, wanted, optimizer, said, parser)
             counts.update(job.write(plan))
 
         meter.expect(sum(inputs.sizes))

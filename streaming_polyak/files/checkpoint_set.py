@@ -114,7 +114,7 @@ class CheckpointSet:
             self.sizes.append(sum(s.size for s in table.sources if not isinstance(s, UnpackedSource)))
             if table is not self.newest:
                 table.tensors = {}
-                table.layout = None
+                table.layout = table.provenance = None
             self.tables.append(table)
             for source in table.sources:
                 free -= 1

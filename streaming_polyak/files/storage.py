@@ -82,7 +82,7 @@ class Storage:
         if not overwrite and path.exists():
             raise _in_the_way(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{path.name}")
+        temporary = _temporary(path)
         try:
             write(temporary)
             self._sync_tree(temporary)
@@ -91,8 +91,7 @@ class Storage:
             else:
                 self._rename_without_replacing(temporary, path)
         except OSError as error:
-            if error.errno is not None and error.filename is None:  # such as a full disk
-                error.filename = str(path)
+            _blame(error, path)
             raise
         finally:
             _discard(temporary)
@@ -129,12 +128,12 @@ class Storage:
             raise _in_the_way(record)
         home = record.parent
         home.mkdir(parents=True, exist_ok=True)
-        folder = record.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{record.name}")
+        folder = _temporary(record)
         aside = folder / REPLACED
         # What runs that were killed had moved aside, so that files which their records name are none of strangers.
-        left = list(home.glob(f"{TEMPORARY}*-{glob.escape(record.name)}/{REPLACED}")) if overwrite else []
-        folder.mkdir()
+        left = list(home.glob(f"{TEMPORARY}*-{glob.escape(_end(record))}/{REPLACED}")) if overwrite else []
         try:
+            folder.mkdir()
             write(folder)
             new = sorted(path.name for path in folder.iterdir() if path.name != record.name)
             for name in [*new, record.name]:
@@ -167,8 +166,7 @@ class Storage:
             if aside.is_dir():
                 _discard(aside)
         except OSError as error:
-            if error.errno is not None and error.filename is None:
-                error.filename = str(record)
+            _blame(error, record)
             raise
         finally:
             if not (aside.is_dir() and any(aside.iterdir())):  # else it could not be moved back
@@ -224,6 +222,21 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
             writer.writerows(rows)
 
     Storage().commit(path, write, overwrite=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Returns a free name beside `path` with the same suffixes."""
+    return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{_end(path)}")
+
+
+def _end(path: Path) -> str:
+    return path.name[-50:]  # a name may have 255 bytes, a character up to 4
+
+
+def _blame(error: OSError, path: Path) -> None:
+    """Has an error name the file that was to be made, if it names none, as on a full disk, or a temporary one."""
+    if error.errno is not None and (error.filename is None or TEMPORARY in str(error.filename)):
+        error.filename, error.filename2 = str(path), None
 
 
 def _discard(temporary: Path) -> None:

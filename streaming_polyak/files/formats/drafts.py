@@ -151,8 +151,8 @@ def _shard_name(output: Path, number: int) -> str:
     return f"{output.name.removesuffix(SUFFIX)}_{number:05}.weights.h5"
 
 
-def check_structure(format: str, output: Path, newest: TensorTable, structure: TensorTable) -> None:
-    """Checks that `structure` has what a file of this format needs besides tensors.
+def check_structure(format: str, output: Path, wanted: Mapping[str, Tensor], structure: TensorTable) -> None:
+    """Checks that `structure` has what a file of this format needs besides tensors, and that it can hold those.
 
     Raises:
         CheckpointError: it has not; the message says what to give as a template.
@@ -178,7 +178,7 @@ def check_structure(format: str, output: Path, newest: TensorTable, structure: T
             f"a file of this kind holds more than tensors, and {structure.path} ({structure.format}) does not have the "
             f"rest. Give {template} as the template.",
         )
-    if format == "npz" and any(tensor.dtype == "bfloat16" for tensor in newest.tensors.values()):
+    if format == "npz" and any(tensor.dtype == "bfloat16" for tensor in wanted.values()):
         raise CheckpointError("output-format", output, "npz cannot hold bfloat16. Use .safetensors.")
 
 
@@ -343,9 +343,14 @@ def _saved_model(plan: Plan) -> Draft:
     for folder, folders, names in os.walk(root):
         below = Path(folder).relative_to(root)
         for name in folders:
+            if (Path(folder) / name).is_symlink():
+                raise plan.structure.refuse(
+                    "folder", f"its folder {below / name} is a link. Average a copy without links."
+                )
             (plan.path / below / name).mkdir()
         for name in names:
-            if below == Path("variables"):
+            # A fingerprint has a hash of the variables in it, which will be others; TensorFlow does without one.
+            if below == Path("variables") or below / name == Path("fingerprint.pb"):
                 continue
             source = Source(Path(folder) / name)
             file = NewFile(plan.path / below / name)
@@ -428,9 +433,12 @@ def _skeleton(
     source = part.source.duplicate()
     try:
         answer = plan.parser.ask(
-            plan.output, "skeleton", [source, file.fd], _WRITE_SECONDS,
+            plan.structure.path, "skeleton", [source, file.fd], _WRITE_SECONDS,
             offset=part.start, size=part.size, at=start, drop=drop, reset=unallocated,
         )  # fmt: skip
+    except OSError as error:  # of writing; what is wrong with the file read is a CheckpointError
+        error.filename = str(plan.output)
+        raise
     finally:
         os.close(source)
     places = {}
