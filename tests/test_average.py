@@ -38,11 +38,12 @@ from streaming_polyak.files import average as average_module
 from streaming_polyak.files import average_pass, inspection, tensors, verify
 from streaming_polyak.files.average import average_checkpoints
 from streaming_polyak.files.checkpoint_set import CheckpointSet
+from streaming_polyak.files.disk import NewFile
 from streaming_polyak.files.formats import hdf5, open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import cpus
-from streaming_polyak.files.storage import TEMPORARY, NewFile
+from streaming_polyak.files.storage import TEMPORARY
 from streaming_polyak.files.summation import TILE
 from streaming_polyak.files.tensors import DTYPES, Source
 from streaming_polyak.files.verify import verify_checkpoint
@@ -1319,7 +1320,7 @@ def kill_at(number):
 
     NewFile.write = fatal(NewFile.write, half)
     NewFile.truncate = fatal(NewFile.truncate)
-    for name in ("fsync", "link", "replace", "rename", "unlink", "mkdir"):
+    for name in ("fsync", "link", "replace", "rename", "unlink", "mkdir", "rmdir"):
         setattr(os, name, fatal(getattr(os, name)))
     average_module.cpus = lambda: 1  # so that the order of the calls is always the same
 

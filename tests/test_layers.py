@@ -18,6 +18,7 @@ RANKS = {
     "streaming_polyak.errors": 0,
     "streaming_polyak.weighting": 1,
     "streaming_polyak.schedule": 1,
+    "streaming_polyak.files.disk": 1,
     "streaming_polyak.files.storage": 2,
     "streaming_polyak.files.meter": 2,
     "streaming_polyak.files.checksums": 2,

@@ -189,7 +189,7 @@ def test_a_group_never_replaces_a_file_that_its_old_record_does_not_name(tmp_pat
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("call", ["link", "rename", "fsync"])
+@pytest.mark.parametrize("call", ["link", "replace", "fsync"])
 def test_whatever_fails_an_old_group_is_whole_again(tmp_path, monkeypatch, call):
     real, count = getattr(os, call), 0
     for fatal in range(1, 30):
@@ -219,16 +219,19 @@ def test_whatever_fails_an_old_group_is_whole_again(tmp_path, monkeypatch, call)
 
 def test_what_cannot_be_moved_back_is_kept(tmp_path, monkeypatch):
     group(tmp_path, {"a": b"1"})
-    real = os.rename
 
-    def rename(source, target):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    real = os.replace
+
+    def replace(source, target):
         if os.path.basename(source) == "a":
-            monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            monkeypatch.setattr(os, "replace", broken)
         real(source, target)
 
-    monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "link", broken)
     with pytest.raises(OSError, match="Input/output error"):
         group(tmp_path, {"a": b"2"}, overwrite=True)
     (aside,) = tmp_path.glob(f"{TEMPORARY}*/{REPLACED}")

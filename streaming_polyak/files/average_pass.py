@@ -19,11 +19,11 @@ from streaming_polyak.errors import CheckpointError, NonFiniteError
 from streaming_polyak.files import pieces
 from streaming_polyak.files.checkpoint_set import CheckpointSet, as_floats
 from streaming_polyak.files.checksums import crc32, crc32_combine, crc32c, crc32c_combine
+from streaming_polyak.files.disk import NewFile
 from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.drafts import GROUPS, Draft, Plan, begin, is_reset, record
 from streaming_polyak.files.meter import Meter
 from streaming_polyak.files.pieces import Piece, Segment
-from streaming_polyak.files.storage import NewFile
 from streaming_polyak.files.summation import TILE, NonFiniteInput, TileAverager
 from streaming_polyak.files.tensors import Tensor, UnpackedSource, is_optimizer
 from streaming_polyak.files.verify import content_crc32, read_all

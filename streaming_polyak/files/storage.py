@@ -7,64 +7,31 @@ behind is a file or folder whose name starts with `TEMPORARY`.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import filecmp
 import glob
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+
+from streaming_polyak.files.disk import Disk
 
 TEMPORARY = ".writing-"
 REPLACED = "replaced"
 
 
-class NewFile:
-    """A file that did not exist, written at any places, by several threads at once.
+class Storage:
+    """Commits of files to a disk.
 
     Args:
-        path: its name, which must be free.
-
-    Raises:
-        FileExistsError: it is not.
+        disk: what is written to; `None` for the local disk.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-    def write(self, data: Any, offset: int) -> int:
-        """Writes all bytes of `data` (any buffer) from `offset` on; returns the byte after them."""
-        view = memoryview(data).cast("B")
-        while view:
-            count = os.pwrite(self.fd, view, offset)
-            view, offset = view[count:], offset + count
-        return offset
-
-    def read(self, offset: int, count: int) -> bytes:
-        """Returns up to `count` bytes from `offset` on."""
-        return os.pread(self.fd, count, offset)
-
-    def truncate(self, size: int) -> None:
-        """Sets the size; what was never written reads as zeros."""
-        os.ftruncate(self.fd, size)
-
-    def sync(self) -> None:
-        """Waits until the disk has all that was written."""
-        os.fsync(self.fd)
-
-    def close(self) -> None:
-        """Closes the file; it can be closed twice."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-class Storage:
-    """Files of the local disk."""
+    def __init__(self, disk: Disk | None = None) -> None:
+        self._disk = disk or Disk()
 
     def commit(self, path: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
         """Makes the file `path`, whole and durable when this returns.
@@ -81,21 +48,21 @@ class Storage:
         """
         if not overwrite and path.exists():
             raise _in_the_way(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
         try:
+            self._make_folders(path.parent)
             write(temporary)
             self._sync_tree(temporary)
             if overwrite:
-                os.replace(temporary, path)
+                self._disk.rename(temporary, path)
             else:
                 self._rename_without_replacing(temporary, path)
         except OSError as error:
             _blame(error, path)
             raise
         finally:
-            _discard(temporary)
-        self._sync(path.parent)
+            self._discard(temporary)
+        self._disk.sync_folder(path.parent)
 
     def commit_group(
         self,
@@ -127,32 +94,32 @@ class Storage:
         if not overwrite and record.exists():
             raise _in_the_way(record)
         home = record.parent
-        home.mkdir(parents=True, exist_ok=True)
         folder = _temporary(record)
         aside = folder / REPLACED
         # What runs that were killed had moved aside, so that files which their records name are none of strangers.
         left = list(home.glob(f"{TEMPORARY}*-{glob.escape(_end(record))}/{REPLACED}")) if overwrite else []
         try:
-            folder.mkdir()
+            self._make_folders(home)
+            self._disk.make_folder(folder)
             write(folder)
             new = sorted(path.name for path in folder.iterdir() if path.name != record.name)
             for name in [*new, record.name]:
-                self._sync(folder / name)
+                self._disk.sync_file(folder / name)
             with ExitStack() as undo:
                 if overwrite:
-                    aside.mkdir()
+                    self._disk.make_folder(aside)
                     records = [path for path in (record, *(other / record.name for other in left)) if path.exists()]
                     named = {name for path in records for name in parts(path)} - {record.name}
                     for name in [record.name, *sorted(named)]:
                         if (home / name).exists() or (home / name).is_symlink():
-                            undo.callback(_move_back, aside / name, home / name)
-                            os.rename(home / name, aside / name)
-                    self._sync(home)
+                            undo.callback(self._move_back, aside / name, home / name)
+                            self._disk.rename(home / name, aside / name)
+                    self._disk.sync_folder(home)
                 for name in [*new, record.name]:
                     if name == record.name:
-                        self._sync(home)
+                        self._disk.sync_folder(home)
                     if name == record.name or not _same_bytes(folder / name, home / name):
-                        undo.callback(_take_back, folder / name, home / name)
+                        undo.callback(self._take_back, folder / name, home / name)
                         try:
                             self._rename_without_replacing(folder / name, home / name)
                         except FileExistsError:
@@ -161,62 +128,81 @@ class Storage:
                                 + ("no older one names this file" if overwrite else "it has other bytes")
                                 + ". Move it away, or choose another name."
                             ) from None
-                self._sync(home)
+                self._disk.sync_folder(home)
                 undo.pop_all()
             if aside.is_dir():
-                _discard(aside)
+                self._discard(aside)
         except OSError as error:
             _blame(error, record)
             raise
         finally:
             if not (aside.is_dir() and any(aside.iterdir())):  # else it could not be moved back
-                _discard(folder)
+                self._discard(folder)
         for other in left:
-            _discard(other.parent)
+            self._discard(other.parent)
 
     def remove(self, path: Path) -> None:
         """Removes one file; that it is gone already is no error."""
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.remove(path)
 
-    @staticmethod
-    def _rename_without_replacing(temporary: Path, path: Path) -> None:
+    def _rename_without_replacing(self, temporary: Path, path: Path) -> None:
         if temporary.is_dir():  # a rename replaces an empty folder at most
             if path.exists():
                 raise _in_the_way(path)
-            os.rename(temporary, path)
+            self._disk.rename(temporary, path)
             return
         try:
-            os.link(temporary, path)  # unlike a rename, refuses to replace
+            self._disk.link(temporary, path)  # unlike a rename, refuses to replace
         except FileExistsError as error:
             raise _in_the_way(path) from error
         except OSError:  # a file system without hard links: take the name first
             try:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                self._disk.close(self._disk.create(path))
             except FileExistsError as error:
                 raise _in_the_way(path) from error
-            os.replace(temporary, path)
+            self._disk.rename(temporary, path)
 
-    @classmethod
-    def _sync_tree(cls, path: Path) -> None:
-        if path.is_dir():
-            for inside in path.iterdir():
-                cls._sync_tree(inside)
-        cls._sync(path)
+    def _make_folders(self, path: Path) -> None:
+        """Makes a folder and those on the way to it, to last."""
+        if not path.is_dir():
+            self._make_folders(path.parent)
+            with contextlib.suppress(FileExistsError):  # somebody else was quicker
+                self._disk.make_folder(path)
+            self._disk.sync_folder(path.parent)
 
-    @staticmethod
-    def _sync(path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def _sync_tree(self, path: Path) -> None:
+        if not path.is_dir():
+            self._disk.sync_file(path)
+            return
+        for inside in path.iterdir():
+            self._sync_tree(inside)
+        self._disk.sync_folder(path)
+
+    def _move_back(self, aside: Path, home: Path) -> None:
+        if aside.exists() or aside.is_symlink():
+            self._disk.rename(aside, home)
+
+    def _take_back(self, temporary: Path, home: Path) -> None:
+        """Removes a file that was given its final name, if it got that far; never one that somebody else made."""
+        if not temporary.exists() or (home.exists() and home.samefile(temporary)):
+            self.remove(home)
+
+    def _discard(self, temporary: Path) -> None:
+        """Removes what was being written, if it is still there: a file, or a folder with all in it."""
+        if temporary.is_dir() and not temporary.is_symlink():
+            for inside in temporary.iterdir():
+                self._discard(inside)
+            self._disk.remove_folder(temporary)
+        elif os.path.lexists(temporary):
+            self.remove(temporary)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Writes a CSV file, whole or not at all; replaces a file `path`."""
 
     def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             writer.writerows(rows)
@@ -239,26 +225,8 @@ def _blame(error: OSError, path: Path) -> None:
         error.filename, error.filename2 = str(path), None
 
 
-def _discard(temporary: Path) -> None:
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    else:
-        temporary.unlink(missing_ok=True)
-
-
 def _same_bytes(new: Path, there: Path) -> bool:
     return there.is_file() and filecmp.cmp(new, there, shallow=False)
-
-
-def _move_back(aside: Path, home: Path) -> None:
-    if aside.exists() or aside.is_symlink():
-        os.rename(aside, home)
-
-
-def _take_back(temporary: Path, home: Path) -> None:
-    """Removes a file that was given its final name, if it got that far; never one that somebody else made."""
-    if not temporary.exists() or (home.exists() and home.samefile(temporary)):
-        home.unlink(missing_ok=True)
 
 
 def _in_the_way(path: Path) -> FileExistsError:

@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.checksums import crc32, crc32_combine, crc32c
+from streaming_polyak.files.disk import NewFile
 from streaming_polyak.files.formats import archive, npz, safetensors
 from streaming_polyak.files.formats.archive import NewMember
 from streaming_polyak.files.formats.hdf5 import Hdf5Part, Parser
 from streaming_polyak.files.formats.keras_archive import PROVENANCE_MEMBER, WEIGHTS, KerasArchive
 from streaming_polyak.files.formats.sharded import SUFFIX, Shards, shard_names
 from streaming_polyak.files.formats.tf_checkpoint import INDEX, Bundle, data_names, index_bytes
-from streaming_polyak.files.storage import NewFile
 from streaming_polyak.files.tensors import PROVENANCE, Source, Tensor, TensorTable, is_optimizer
 
 FORMATS = {
