@@ -19,6 +19,9 @@ import click
 from streaming_polyak import __version__
 from streaming_polyak.errors import StreamingPolyakError
 from streaming_polyak.files.average import average_checkpoints
+from streaming_polyak.files.formats import open_checkpoint
+from streaming_polyak.files.formats.drafts import check_structure, format_of, record
+from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import find_checkpoints
 from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import parse_bytes
@@ -217,37 +220,35 @@ def sweep(
     chosen: list[Weighting | tuple[float, ...]] = list(weightings)
     if weights is not None:
         chosen.append(weights)
-    # What can be seen to fail is told before, not after, hours of work.
-    if export_best is not None and export_best.exists() and not overwrite:
-        raise FileExistsError(
-            f"{export_best} exists already. Choose another name, or pass overwrite=True to replace it."
-        )
-    if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib. Install streaming_polyak[plots].")
     evaluate = _load(function)
+    # What can be seen to fail is told before, not after, hours of work.
+    outputs = {"--csv": csv_path, "--plot": plot_path, "--export-best": export_best}
+    _check_outputs({option: path for option, path in outputs.items() if path is not None}, checkpoints, overwrite)
 
     def checked(tensors: Any) -> Any:
         metrics = evaluate(tensors)
-        if metric is not None and isinstance(metrics, Mapping) and metric not in metrics:
-            raise ValueError(f"Expected a metric of {', '.join(metrics)}; got --metric {metric}.")
+        names = metrics if isinstance(metrics, Mapping) else ["score"]
+        if metric is not None and metric not in names:
+            raise ValueError(f"Expected a metric of {', '.join(names)}; got --metric {metric}.")
         return metrics
 
     result = sweep_checkpoints(
         checkpoints, chosen or [MEAN, LINEAR, Exponential(alpha=2)], checked, progress=True, **options
     )
-    best = result.best(metric, mode=mode)
-    if csv_path is not None:
-        result.to_csv(csv_path)
-    if plot_path is not None:
-        result.plot(plot_path, metric)
     verdict = result.verdict(metric, mode=mode)
     click.echo(
         json.dumps({**result.to_json(), "verdict": verdict}, indent=1)
         if as_json
         else f"{result.table(metric, mode=mode)}\n\n{verdict}"
     )
+    if csv_path is not None:
+        result.to_csv(csv_path)
+    if plot_path is not None:
+        result.plot(plot_path, metric)
+    best = result.best(metric, mode=mode)
     if export_best is not None:
-        click.echo(str(result.export(best, export_best, overwrite=overwrite)), err=as_json)
+        report = result.export(best, export_best, overwrite=overwrite, allow_nonfinite=options["allow_nonfinite"])
+        click.echo(str(report), err=as_json)
 
 
 @main.command()
@@ -384,6 +385,32 @@ def demo(
         folder = output / "digits" if data is None else output
         files += digits.run(folder, _paragraph, epochs=epochs or 40, repeats=repeats, alpha=alpha, seed=seed)
     _paragraph("\n".join(["Files written:", *(f"  {path}" for path in files)]))
+
+
+def _check_outputs(outputs: Mapping[str, Path], checkpoints: tuple[str, ...], overwrite: bool) -> None:
+    """Refuses, before a sweep, what could not be written after it; and what would replace one of its inputs."""
+    if "--plot" in outputs and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib. Install streaming_polyak[plots].")
+    inputs = find_checkpoints(checkpoints)
+    taken: dict[Path, str] = {}
+    for option, path in outputs.items():
+        said = f"{option} {path}"
+        if (other := taken.setdefault(path.resolve(), said)) != said:
+            raise ValueError(f"{said} and {other} are one file. Choose another name.")
+        if path.is_dir():
+            raise IsADirectoryError(f"{said} is a folder. Choose another name.")
+        for one in inputs:
+            if path.exists() and one.exists() and path.samefile(one):
+                raise ValueError(f"{said} is the input {one}. Choose another name.")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise PermissionError(f"{said} cannot be written: {folder} is not a folder that may be written to.")
+    if (best := outputs.get("--export-best")) is not None:
+        with Parser() as parser, open_checkpoint(inputs[-1], parser) as newest:
+            format = format_of(best, newest)
+            check_structure(format, best, newest, newest)
+        if record(best, format).exists() and not overwrite:
+            raise FileExistsError(f"{best} exists already. Choose another name, or give --overwrite to replace it.")
 
 
 def _load(function: str) -> Any:

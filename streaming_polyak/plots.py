@@ -131,4 +131,5 @@ def _finish(figure: Figure, axis: Axes, path: Path) -> None:
     columns = len(labels) if len(labels) < 4 else -(-len(labels) // 2)
     columns = min(columns, max(1, int(figure.get_figwidth() / 2.8)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    Storage().commit(path, lambda temporary: figure.savefig(temporary, dpi=150), overwrite=True)
+    # Without the format, savefig appends a suffix where there is none.
+    Storage().commit(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"), overwrite=True)

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +13,19 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from streaming_polyak.cli import main
-from streaming_polyak.files import tensors
+from streaming_polyak.files import sweep_result, tensors
 
 SCORES = """
 import math
 
 def closeness(given):
     return {"loss": abs(float(given["w"][0]) - 2.0), "accuracy": 1.0 / (1.0 + float(given["w"][1]) ** 2)}
+
+def plain(given):
+    return float(given["w"][0])
+
+def nothing(given):
+    return float("nan")
 
 def broken(given):
     raise ValueError("no data to score on")
@@ -178,8 +185,9 @@ def test_an_error_of_the_evaluation_is_told(members):
 
 
 def test_a_metric_that_does_not_exist_is_told_at_the_first_evaluation(members):
-    result = run("sweep", *members, "--evaluate", "score.py:closeness", "--metric", "acuracy", status=1)
-    assert "Expected a metric of loss, accuracy; got --metric acuracy" in result.stderr
+    for function, names in (("closeness", "loss, accuracy"), ("plain", "score")):
+        result = run("sweep", *members, "--evaluate", f"score.py:{function}", "--metric", "acuracy", status=1)
+        assert f"Expected a metric of {names}; got --metric acuracy" in result.stderr
 
 
 def test_a_plot_without_matplotlib_is_refused_before_the_work(members, monkeypatch):
@@ -188,9 +196,72 @@ def test_a_plot_without_matplotlib_is_refused_before_the_work(members, monkeypat
     assert "--plot needs matplotlib. Install streaming_polyak[plots]" in result.stderr
 
 
-def test_sweep_does_not_begin_when_the_export_is_in_the_way(members):
-    arguments = ["--evaluate", "score.py:broken", "--export-best", members[0]]
-    assert "give --overwrite" in run("sweep", *members, *arguments, status=1).stderr
+def test_what_fails_after_a_sweep_does_not_take_its_results(members, tmp_path, monkeypatch):
+    def write_csv(*_):
+        raise OSError(28, "No space left on device", "rows.csv")
+
+    monkeypatch.setattr(sweep_result, "write_csv", write_csv)
+    arguments = ["sweep", *members, "--evaluate", "score.py:closeness", "--csv", "rows.csv"]
+    result = run(*arguments, status=1)
+    assert "No average of two or more members" in result.stdout
+    assert "No space left on device" in result.stderr
+    result = run(*arguments, "--json", status=1)
+    assert len(json.loads(result.stdout)["rows"]) == 12
+    result = run("sweep", *members, "--evaluate", "score.py:nothing", "--export-best", "best.safetensors", status=1)
+    assert "No single member has a score." in result.stdout
+    assert "NaN in all rows" in result.stderr
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--export-best", "old.safetensors"], "old.safetensors exists already. Choose another name, or give --over"),
+        (["--export-best", "epoch-9.safetensors"], "--export-best epoch-9.safetensors is the input"),
+        (["--export-best", "epoch-9.safetensors", "--overwrite"], "--export-best epoch-9.safetensors is the input"),
+        (["--csv", "./epoch-9.safetensors"], "--csv epoch-9.safetensors is the input epoch-9.safetensors"),
+        (["--plot", "link.png"], "--plot link.png is the input epoch-10.safetensors"),
+        (["--csv", "folder"], "--csv folder is a folder"),
+        (["--export-best", "folder", "--overwrite"], "--export-best folder is a folder"),
+        (["--csv", "score.py/rows.csv"], "--csv score.py/rows.csv cannot be written: "),
+        (["--plot", "new/a.png", "--csv", "new/../new/a.png"], "--plot new/a.png and --csv new/../new/a.png are one"),
+        (["--export-best", "best.pt"], "its name must end in .keras"),
+        (["--export-best", "best"], "its name must end in .keras"),
+        (["--export-best", "best.keras"], "a file of this kind holds more than tensors"),
+    ],
+)
+def test_a_sweep_does_not_begin_when_its_results_could_not_be_written(members, tmp_path, arguments, message):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "old.safetensors").touch()
+    (tmp_path / "link.png").symlink_to(members[1])
+    before = {path.name for path in tmp_path.iterdir()}
+    result = run("sweep", *members, "--evaluate", "score.py:broken", "--last", "1", *arguments, status=1)
+    assert message in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_sweep(members, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "locked")
+    (tmp_path / "locked").mkdir()
+    arguments = ["--evaluate", "score.py:broken", "--csv", tmp_path / "locked" / "new" / "rows.csv"]
+    result = run("sweep", *members, *arguments, status=1)
+    assert f"cannot be written: {tmp_path / 'locked'} is not a folder that may be written to" in result.stderr
+
+
+def test_a_plot_has_exactly_the_name_that_was_asked_for(members, tmp_path):
+    pytest.importorskip("matplotlib")
+    run("sweep", *members, "--evaluate", "score.py:closeness", "--plot", "out/picture")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["picture"]
+    assert (tmp_path / "out" / "picture").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_may_be_swept_with_nan_in_it_may_be_exported_too(members):
+    save_file({"w": np.array([2, 1, np.nan], np.float32)}, "epoch-10.safetensors")
+    save_file({"w": np.array([9, 1, 1], np.float32)}, "epoch-11.safetensors")
+    arguments = [*members[1:], "--evaluate", "score.py:closeness", "--export-best", "best.safetensors"]
+    run("sweep", *arguments, "--allow-nonfinite")
+    np.testing.assert_array_equal(load_file("best.safetensors")["w"], np.array([2, 1, np.nan], np.float32))
 
 
 def test_inspect_shows_tensors_and_what_differs(members):

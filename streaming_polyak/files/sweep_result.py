@@ -92,6 +92,8 @@ class SweepResult:
     def verdict(self, metric: str | None = None, *, mode: Literal["auto", "min", "max"] = "auto") -> str:
         """Says in a sentence or two what averaging gained by a metric."""
         metric = self._metric(metric)
+        if all(math.isnan(row.metrics[metric]) for row in self.of(SINGLE)):
+            return "No single member has a score."
         single = self.best(metric, mode=mode, among=[SINGLE])
         averages = [row for row in self.rows if row.weighting != SINGLE and row.n > 1]
         said = f"Best single member: {single.members[0].name} with {metric} {single.metrics[metric]:.6g}."
