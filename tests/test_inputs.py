@@ -136,6 +136,41 @@ def test_the_digits_of_a_score_are_no_epoch():
 
 
 @pytest.mark.parametrize(
+    "ordered",
+    [
+        ["ep1_val12.keras", "ep2_val11.keras", "ep10_val3.keras"],
+        ["deep7-ep_2.h5", "deep1-ep_3.h5"],
+        ["epoch2-step9.npz", "epoch3-step1.npz"],
+        ["step_9-seed2.npz", "step_10-seed1.npz"],
+        ["v2.ckpt-900.index", "v1.ckpt-1000.index"],
+        ["v1_iter900.npz", "v1_iter1000.npz"],
+        ["a-2.npz", "epoch-3.npz", "b-10.npz"],  # one number each
+        ["run3_fold1_9_0.31.keras", "run3_fold1_10_0.25.keras", "run3_fold1_11_0.20.keras"],  # one that differs
+        ["run3_9.keras"],
+    ],
+)
+def test_the_epoch_is_behind_its_word_or_the_only_number_or_the_only_one_that_differs(ordered):
+    assert names(ordered[::-1], sort="epoch") == ordered
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        (["fold1_12.keras", "fold2_11.keras"], "1, 12"),
+        (["a_1_12.keras", "b_1_11.keras"], "1, 12"),
+        (["ckpt1_step2.keras", "ckpt2_step1.keras"], "1, 2"),
+        (["epoch3_fold1.keras", "fold2.keras", "fold5_7.keras"], "3, 1"),
+        (["epoch3_epoch5.keras", "epoch4_epoch4.keras"], "3, 5"),
+    ],
+)
+def test_which_of_several_numbers_is_the_epoch_is_not_guessed(given, numbers):
+    message = rf"{given[0]}: its name has several numbers \({numbers}\), .* Name the files in their order instead"
+    with pytest.raises(CheckpointError, match=message) as refused:
+        find_checkpoints(given, sort="epoch")
+    assert refused.value.code == "sort"
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         (["a.keras", "b-1.keras"], r"a\.keras: its name has no number to sort by"),

@@ -16,7 +16,10 @@ from typing import Literal
 from streaming_polyak.errors import CheckpointError
 
 SUFFIXES = (".keras", ".weights.h5", ".h5", ".hdf5", ".weights.json", ".safetensors", ".npz", ".index")
-_WHOLE_NUMBERS = re.compile(r"(?<!\d)(?<!\d\.)(\d+)(?!\d)(?!\.\d)")  # not the digits of a score such as 0.25
+_EPOCH = re.compile(r"(?:epoch|(?<![a-z])ep)\D?(\d+)", re.IGNORECASE)
+_STEP = re.compile(r"(?<![a-z])(?:step|iter|iteration|ckpt|checkpoint)\D?(\d+)", re.IGNORECASE)
+_WHOLE_NUMBER = re.compile(r"(?<!\d)(?<!\d\.)(\d+)(?!\d)(?!\.\d)")  # not the digits of a score such as 0.25
+_SCORE = re.compile(r"\d+\.\d+")
 _SHARD = re.compile(r"_\d{5}\.weights\.h5$")
 
 
@@ -31,8 +34,9 @@ def find_checkpoints(
     Args:
         given: paths; patterns with `*`, `?` or `[...]`; folders, which stand for the checkpoints in them; "@FILE" for
             a file with one of these on each line (empty lines and lines that begin with "#" are passed over).
-        sort: "epoch" orders all of them by the number behind "epoch" in their names, or else the last whole number;
-            `None` leaves them as given.
+        sort: "epoch" orders all of them by a number in their names: that behind "epoch" or "ep", or else behind "step",
+            "iter" or "ckpt", or else the only whole number, or else the only one in which the names differ (scores
+            apart). `None` leaves them as given.
         last: only the newest so many.
 
     Raises:
@@ -108,13 +112,33 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _by_epoch(paths: list[Path]) -> list[Path]:
     numbers: dict[int, Path] = {}
-    for path in paths:
-        name = next((path.name.removesuffix(s) for s in SUFFIXES if path.name.endswith(s)), path.name)
-        found = re.findall(r"epoch\D?(\d+)", name, re.IGNORECASE) or _WHOLE_NUMBERS.findall(name)
-        if not found:
-            raise CheckpointError("sort", path, "its name has no number to sort by.")
-        number = int(found[-1])
+    for path, number in zip(paths, _epochs(paths), strict=True):
         if number in numbers:
             raise CheckpointError("sort", path, f"its name has the number {number}, as {numbers[number]} has.")
         numbers[number] = path
     return [numbers[number] for number in sorted(numbers)]
+
+
+def _epochs(paths: list[Path]) -> list[int]:
+    """Returns the number of each by the first rule that gives one for all."""
+    names = [next((path.name.removesuffix(s) for s in SUFFIXES if path.name.endswith(s)), path.name) for path in paths]
+    found: list[list[int]] = []
+    for pattern in (_EPOCH, _STEP, _WHOLE_NUMBER):
+        found = [[int(number) for number in pattern.findall(name)] for name in names]
+        if all(len(numbers) == 1 for numbers in found):
+            return [number for (number,) in found]
+    for path, numbers in zip(paths, found, strict=True):
+        if not numbers:
+            raise CheckpointError("sort", path, "its name has no number to sort by.")
+    if len({_WHOLE_NUMBER.sub("#", _SCORE.sub("", name)) for name in names}) == 1:
+        places = list(zip(*found, strict=True))
+        differing = [numbers for numbers in places if len(set(numbers)) > 1]
+        if len(differing) <= 1:
+            return list((differing or places)[0])
+    path, numbers = next((p, n) for p, n in zip(paths, found, strict=True) if len(n) > 1)
+    raise CheckpointError(
+        "sort",
+        path,
+        f"its name has several numbers ({', '.join(map(str, numbers))}), and which is the epoch cannot be told. "
+        "Name the files in their order instead, oldest first.",
+    )
