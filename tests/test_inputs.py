@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from streaming_polyak import average_checkpoints
 from streaming_polyak.errors import CheckpointError
-from streaming_polyak.files.inputs import find_checkpoints, natural
+from streaming_polyak.files.formats import open_checkpoint
+from streaming_polyak.files.formats.hdf5 import Parser
+from streaming_polyak.files.inputs import check_no_averages, find_checkpoints, find_inputs, natural
 
 
 @pytest.fixture
@@ -208,3 +213,34 @@ def test_numbers_in_names_are_ordered_as_numbers_whatever_stands_around_them():
     ordered = ["2a.npz", "10a.npz", "a2b1.npz", "a2b10.npz", "a10b.npz", "a.npz", "b.npz"]
     assert sorted(map(Path, ordered[::-1]), key=natural) == list(map(Path, ordered))
     assert natural(Path("1²2")) == ((0, 1), (1, "²"), (0, 2))  # a digit, but no number
+
+
+def test_what_a_folder_or_a_pattern_took_in_is_told_from_what_was_named(folder):
+    Path("list.txt").write_text("run/epoch-9.keras\nrun/epoch-1?.keras\n")
+    touch("model/saved_model.pb", "other/a.npz")
+    found = find_inputs(["@list.txt", "run/epoch-8.keras", "other", "model"])
+    assert found.paths == find_checkpoints(["@list.txt", "run/epoch-8.keras", "other", "model"])
+    assert found.taken_in == {Path("run/epoch-10.keras"), Path("other/a.npz")}
+    assert find_inputs(["run", "a.keras"], last=2).taken_in == {Path("run/epoch-10.keras")}
+
+
+def test_an_average_made_into_the_folder_of_its_inputs_is_no_input_unless_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    for number in (1, 2):
+        save_file({"w": np.full(3, number, np.float32)}, f"run/{number}.safetensors")
+    average_checkpoints("run/[12].safetensors", "run/average.safetensors")
+
+    def check(*given):
+        found = find_inputs(given)
+        with Parser() as parser:
+            tables = [open_checkpoint(path, parser) for path in found.paths]
+        for table in tables:
+            table.close()
+        check_no_averages(found, tables)
+
+    for given in ("run", "run/*.safetensors"):
+        with pytest.raises(CheckpointError, match=r"run/average\.safetensors: it is an average .* Name the") as refused:
+            check(given)
+        assert refused.value.code == "average-among-inputs"
+    check("run/[12].safetensors", "run/average.safetensors")

@@ -11,9 +11,10 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from streaming_polyak.errors import CheckpointError
+from streaming_polyak.files.tensors import TensorTable
 
 SUFFIXES = (".keras", ".weights.h5", ".h5", ".hdf5", ".weights.json", ".safetensors", ".npz", ".index")
 _EPOCH = re.compile(r"(?:epoch|(?<![a-z])ep)\D?(\d+)", re.IGNORECASE)
@@ -21,6 +22,18 @@ _STEP = re.compile(r"(?<![a-z])(?:step|iter|iteration|ckpt|checkpoint)\D?(\d+)",
 _WHOLE_NUMBER = re.compile(r"(?<!\d)(?<!\d\.)(\d+)(?!\d)(?!\.\d)")  # not the digits of a score such as 0.25
 _SCORE = re.compile(r"\d+\.\d+")
 _SHARD = re.compile(r"_\d{5}\.weights\.h5$")
+
+
+class Inputs(NamedTuple):
+    """The checkpoints that are meant.
+
+    Args:
+        paths: oldest first.
+        taken_in: those of them that nobody named: a folder or a pattern stood for them.
+    """
+
+    paths: list[Path]
+    taken_in: frozenset[Path]
 
 
 def find_checkpoints(
@@ -43,8 +56,24 @@ def find_checkpoints(
         CheckpointError: nothing is there, or not what was asked for.
         ValueError: `last` is below 1.
     """
-    items = [given] if isinstance(given, (str, os.PathLike)) else list(given)
-    paths = [path for item in items for path in _expand(os.fspath(item))]
+    return find_inputs(given, sort=sort, last=last).paths
+
+
+def find_inputs(
+    given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    sort: Literal["epoch"] | None = None,
+    last: int | None = None,
+) -> Inputs:
+    """Does as `find_checkpoints`, and tells which paths stood in a folder or matched a pattern."""
+    items = [given] if isinstance(given, (str, os.PathLike)) else given
+    paths: list[Path] = []
+    taken_in: set[Path] = set()
+    for named in (named for item in items for named in _listed(os.fspath(item))):
+        meant = _expand(named)
+        paths += meant
+        if meant != [Path(named)]:
+            taken_in.update(meant)
     if not paths:
         raise CheckpointError("empty-list", "no input", "expected at least one checkpoint to average, got none.")
     if sort == "epoch":
@@ -59,7 +88,27 @@ def find_checkpoints(
                 "too-few", paths[-1], f"the last {last} checkpoints are asked for, but there are only {len(paths)}."
             )
         paths = paths[-last:]
-    return paths
+    return Inputs(paths, frozenset(taken_in.intersection(paths)))
+
+
+def check_no_averages(inputs: Inputs, tables: Iterable[TensorTable]) -> None:
+    """Refuses averages made earlier into a folder whose checkpoints are averaged, as they would be averaged again.
+
+    Args:
+        inputs: as found.
+        tables: of `inputs.paths`, in that order.
+
+    Raises:
+        CheckpointError: one that was taken in by a folder or a pattern says that it is an average.
+    """
+    for path, table in zip(inputs.paths, tables, strict=True):
+        if path in inputs.taken_in and table.provenance is not None:
+            raise CheckpointError(
+                "average-among-inputs",
+                path,
+                "it is an average itself, and was taken in with a folder or by a pattern. Name the files that are "
+                "meant one by one, or move it out of the way.",
+            )
 
 
 def natural(path: Path) -> tuple[tuple[int, int | str], ...]:
@@ -67,16 +116,21 @@ def natural(path: Path) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", str(path)) if part)
 
 
+def _listed(item: str) -> list[str]:
+    """Returns what stands in the list that an item names, or else the item."""
+    if not item.startswith("@"):
+        return [item]
+    try:
+        lines = Path(item[1:]).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError("list", item[1:], f"the list cannot be read: {error}.") from error
+    found = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    if any(line.startswith("@") for line in found):
+        raise CheckpointError("list", item[1:], "a list cannot name another list.")
+    return found
+
+
 def _expand(item: str) -> list[Path]:
-    if item.startswith("@"):
-        try:
-            lines = Path(item[1:]).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError("list", item[1:], f"the list cannot be read: {error}.") from error
-        found = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-        if any(line.startswith("@") for line in found):
-            raise CheckpointError("list", item[1:], "a list cannot name another list.")
-        return [path for line in found for path in _expand(line)]
     path = Path(item)
     if path.is_dir():
         return [path] if (path / "saved_model.pb").exists() else _in_folder(path)
