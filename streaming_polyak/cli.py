@@ -39,6 +39,8 @@ class _Group(click.Group):
         except (StreamingPolyakError, ValueError, OSError, ImportError) as error:
             said = str(error).replace("pass overwrite=True", "give --overwrite")
             raise click.ClickException(said) from error
+        except RecursionError as error:
+            raise click.ClickException("What is said in one of the files is nested too deeply to be shown.") from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -280,6 +280,31 @@ def test_inspect_shows_tensors_and_what_differs(members):
     assert said["differences"] == [{"path": members[1], "lines": []}]
 
 
+@pytest.mark.parametrize(
+    ("provenance", "shown"),
+    [
+        ({"inputs": 5}, '  made by: {"inputs": 5}'),
+        ({"inputs": None, "made_by": ["\x1b[2J"]}, r'  made by: {"inputs": null, "made_by": ["\u001b[2J"]}'),
+        ({"inputs": {"0": 1}}, '  made by: {"inputs": {"0": 1}}'),
+        ({"inputs": [1, {"x": [2]}]}, '  made by: {}\n    1\n    {"x": [2]}'),
+    ],
+)
+def test_what_a_file_says_of_its_making_may_be_anything(members, provenance, shown):
+    save_file({"w": np.zeros(1)}, "odd.safetensors", {"streaming_polyak": json.dumps(provenance)})
+    assert f"\n{shown}\n" in run("inspect", "odd.safetensors").stdout
+    assert json.loads(run("inspect", "odd.safetensors", "--json").stdout)["files"][0]["provenance"] == provenance
+    assert json.loads(run("verify", "odd.safetensors", "--json").stdout)[0]["provenance"] == provenance
+    run("verify", "odd.safetensors")
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"], ["verify", "--json"]])
+def test_what_a_file_says_may_be_nested_deeply(members, arguments):
+    said = '{"inputs": ' + "[" * 700 + "]" * 700 + "}"
+    save_file({"w": np.zeros(1)}, "odd.safetensors", {"streaming_polyak": said})
+    result = CliRunner().invoke(main, [*arguments, "odd.safetensors"])
+    assert isinstance(result.exception, SystemExit | None)
+
+
 def test_verify_tells_good_from_damaged(members, tmp_path):
     run("average", *members, "-o", "out.safetensors")
     said = run("verify", *members, "out.safetensors").stdout

@@ -123,6 +123,7 @@ def _paragraph(file: dict[str, Any]) -> str:
         ),
     ]
     if file["provenance"] is not None:
-        lines.append("  made by: " + json.dumps({k: v for k, v in file["provenance"].items() if k != "inputs"}))
-        lines += [f"    {json.dumps(entry)}" for entry in file["provenance"].get("inputs", [])]
+        said = dict(file["provenance"])
+        inputs = said.pop("inputs") if isinstance(said.get("inputs"), list) else []  # it is what a stranger wrote
+        lines += [f"  made by: {json.dumps(said)}", *(f"    {json.dumps(entry)}" for entry in inputs)]
     return "\n".join(lines)
