@@ -5,14 +5,17 @@ Exit status: 0 done; 1 the work could not be done, with the reason on the error 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import IO, Any, Literal
 
 import click
 
@@ -27,7 +30,19 @@ from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import parse_bytes
 from streaming_polyak.files.sweep import sweep_checkpoints
 from streaming_polyak.files.verify import verify_checkpoint
-from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Weighting, parse_weighting
+from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Polynomial, Weighting, parse_weighting
+
+
+class _UserError(click.ClickException):
+    """An error of a function that the user gave; `frames` are shown before its message."""
+
+    def __init__(self, message: str, frames: str) -> None:
+        super().__init__(message)
+        self.frames = frames
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(self.frames, file, nl=False, err=True)
+        super().show(file)
 
 
 class _Group(click.Group):
@@ -71,6 +86,13 @@ def _parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
     return callback
 
 
+def _sweepable(text: str) -> Weighting:
+    weighting = parse_weighting(text)
+    if isinstance(weighting, Polynomial) and weighting.power > _MAX_POWER:
+        raise ValueError(f"Expected a power of at most {_MAX_POWER}, as each takes memory; got {text}.")
+    return weighting
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(number) for number in text.split(","))
@@ -78,6 +100,7 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise ValueError(f"{text!r} is not a list of numbers such as 0.5,0.3,0.2") from None
 
 
+_MAX_POWER = 64
 _PATH = click.Path(path_type=Path)
 _checkpoints = click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 _last = click.option("--last", type=click.IntRange(1), metavar="N", help="Only the newest N.")
@@ -155,9 +178,10 @@ def average(
     "--weighting",
     "weightings",
     metavar="W",
-    callback=_parsed(parse_weighting),
+    callback=_parsed(_sweepable),
     multiple=True,
-    help=f"{_WEIGHTINGS}; several times. [default: mean, linear and exponential:alpha=2]",
+    help=f"{_WEIGHTINGS}; several times. A whole power p takes p + 1 accumulators. "
+    "[default: mean, linear and exponential:alpha=2]",
 )
 @click.option(
     "--weights", metavar="A,B,...", callback=_parsed(_numbers), help="Explicit weights too, one for each, oldest first."
@@ -229,8 +253,8 @@ def sweep(
 
     def checked(tensors: Any) -> Any:
         metrics = evaluate(tensors)
-        names = metrics if isinstance(metrics, Mapping) else ["score"]
-        if metric is not None and metric not in names:
+        names = [str(name) for name in metrics] if isinstance(metrics, Mapping) else ["score"]
+        if metric is not None and metrics is not None and metric not in names:
             raise ValueError(f"Expected a metric of {', '.join(names)}; got --metric {metric}.")
         return metrics
 
@@ -415,19 +439,73 @@ def _check_outputs(outputs: Mapping[str, Path], checkpoints: tuple[str, ...], ov
             raise FileExistsError(f"{best} exists already. Choose another name, or give --overwrite to replace it.")
 
 
-def _load(function: str) -> Any:
-    """Returns the object that MODULE:NAME or PATH.py:NAME stands for."""
+def _load(function: str) -> Callable[[Any], Any]:
+    """Returns the callable that MODULE:NAME or PATH.py:NAME stands for; what it raises is told as the user's error."""
     module, colon, name = function.rpartition(":")
     if not (module and colon and name):
         raise click.BadParameter(f"{function!r} is not of the form MODULE:FUNCTION", param_hint="--evaluate")
-    sys.path.insert(0, str(Path(module).resolve().parent) if module.endswith(".py") else os.getcwd())
     try:
-        found = getattr(importlib.import_module(Path(module).stem if module.endswith(".py") else module), name)
-    except (ImportError, AttributeError) as error:
-        raise click.BadParameter(f"{function!r} cannot be loaded: {error}", param_hint="--evaluate") from error
+        with _told(function):
+            if module.endswith(".py"):
+                loaded = _from_path(Path(module).resolve())
+            else:
+                sys.path.insert(0, os.getcwd())
+                loaded = importlib.import_module(module)
+    except _UserError as error:
+        missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
+        if missing is not None and f"{module}.".startswith(f"{missing}."):
+            raise click.BadParameter(
+                f"{function!r} cannot be loaded: {error.__cause__}", param_hint="--evaluate"
+            ) from error
+        raise
+    found = getattr(loaded, name, None)
     if not callable(found):
-        raise click.BadParameter(f"{function!r} is not callable", param_hint="--evaluate")
-    return found
+        reason = "is not callable" if hasattr(loaded, name) else "cannot be loaded: it has no such name"
+        raise click.BadParameter(f"{function!r} {reason}", param_hint="--evaluate")
+
+    def evaluate(tensors: Any) -> Any:
+        with _told(function):
+            return found(tensors)
+
+    return evaluate
+
+
+def _from_path(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise click.BadParameter(f"{path} cannot be loaded: there is no such file", param_hint="--evaluate")
+    # Behind all others, so that no file beside it hides a module that is imported later, here or by the library.
+    sys.path.append(str(path.parent))
+    name = path.stem if path.stem not in sys.modules else f"{path.stem} of --evaluate"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # the name ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _told(function: str) -> Iterator[None]:
+    """Tells an error of the user's own code by the frames that led to it there, and where in their file it arose."""
+    try:
+        yield
+    except (StreamingPolyakError, click.ClickException):
+        raise
+    except Exception as error:
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename not in (__file__, importlib.__file__) and "importlib._boot" not in frame.filename
+        ]
+        where = ""
+        if frames and Path(frames[0].filename).is_relative_to(Path(__file__).parent):
+            frames = []  # an object of the library, such as a KerasEvaluator: its message says all
+        if frames:
+            line = [frame.lineno for frame in frames if frame.filename == frames[0].filename][-1]
+            where = f" ({frames[0].filename}:{line})"
+        shown = "".join(traceback.format_list(frames))
+        raise _UserError(f"{function} raised {type(error).__name__}: {error}{where}", shown) from error
 
 
 def _paragraph(text: str) -> None:

@@ -42,6 +42,8 @@ def _no_waiting_for_the_clock(monkeypatch):
 @pytest.fixture
 def members(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.delitem(sys.modules, "score", raising=False)
     for epoch, value in ((9, 1.0), (10, 2.0), (11, 6.0)):
         save_file(
             {"w": np.array([value, value / 2, -value], np.float32), "step": np.array([epoch])},
@@ -143,6 +145,7 @@ def test_work_that_cannot_be_done_ends_with_one_and_leaves_everything(members, t
         (["sweep", "a.keras", "--evaluate", "score.py:gone"], "cannot be loaded"),
         (["sweep", "a.keras", "--evaluate", "no_such_module:f"], "cannot be loaded"),
         (["sweep", "a.keras", "--evaluate", "score.py:number"], "is not callable"),
+        (["sweep", "a.keras", "--evaluate", "gone.py:f"], "gone.py cannot be loaded: there is no such file"),
         (["inspect"], "Missing argument 'FILE...'"),
     ],
 )
@@ -180,8 +183,67 @@ def test_sweep_by_another_metric_as_json(members):
     assert load_file("best.safetensors")["w"][0] == 1.0
 
 
-def test_an_error_of_the_evaluation_is_told(members):
-    assert "no data to score on" in run("sweep", *members, "--evaluate", "score.py:broken", status=1).stderr
+def test_an_error_of_the_evaluation_is_told_with_the_lines_that_led_to_it(members, tmp_path):
+    (tmp_path / "score.py").write_text(
+        "def first(given):\n    return {'loss': len(bool)}\n\n"
+        "def helped(given):\n    return [1].index(second(given))\n\n"
+        "def second(given):\n    return {}['loss']\n\n"
+        "class Full:\n    def __call__(self, given):\n        import json\n        json.loads('{')\n"
+        "full = Full()\n"
+    )
+    for function, frames, error, line in (
+        ("first", [2], "TypeError: object of type 'type' has no len()", 2),
+        ("helped", [5, 8], "KeyError: 'loss'", 8),
+        ("full", [13, None, None, None], "JSONDecodeError: Expecting property name", 13),
+    ):
+        shown = run("sweep", *members, "--evaluate", f"score.py:{function}", status=1).stderr
+        assert len(re.findall(r"^  File", shown, re.MULTILINE)) == len(frames)
+        for number in filter(None, frames):
+            assert re.search(rf'^  File ".*score\.py", line {number}, in ', shown, re.MULTILINE)
+        last = shown.splitlines()[-1]
+        assert last.startswith(f"Error: score.py:{function} raised {error}")
+        assert last.endswith(f"score.py:{line})")
+
+
+def test_errors_of_the_library_in_an_evaluation_are_told_as_they_are(members):
+    save_file({"w": np.array([1, 2, np.nan], np.float32)}, members[2])
+    result = run("sweep", *members[2:], "--evaluate", "score.py:closeness", status=1)
+    assert result.stderr.startswith("Error: epoch-11.safetensors, tensor 'w': it holds NaN or infinity.")
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("def f(:\n", r"SyntaxError: invalid syntax \(score.py, line 1\)"),
+        ("x = 1\nopen('gone')\n", r"FileNotFoundError: .* \(.*score\.py:2\)"),
+        ("import no_such_module\n", r"ModuleNotFoundError: No module named 'no_such_module' \(.*score\.py:1\)"),
+    ],
+)
+@pytest.mark.parametrize("module", ["score.py", "score"])
+def test_an_error_of_the_module_is_told_with_the_lines_that_led_to_it(members, tmp_path, module, code, error):
+    (tmp_path / "score.py").write_text(code)
+    shown = run("sweep", *members, "--evaluate", f"{module}:f", status=1).stderr
+    assert re.search(rf"^Error: {module}:f raised {error}\n$", shown, re.MULTILINE)
+    assert "importlib" not in shown
+
+
+@pytest.mark.parametrize("name", ["json.py", "random.py", "click.py", "a-b.py", "my.score.py"])
+def test_a_path_is_that_file_whatever_it_is_called(members, tmp_path, name):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / name).write_text("from beside import score\nevaluate = score\n")
+    (tmp_path / "lib" / "beside.py").write_text("score = lambda given: float(given['w'][0])\n")
+    (tmp_path / "lib" / "statistics.py").write_text("raise ImportError('not this one')\n")
+    program = "import sys\nfrom streaming_polyak.cli import main\nmain(sys.argv[1:])\nimport statistics"
+    arguments = [sys.executable, "-c", program, "sweep", *members, "--evaluate", f"lib/{name}:evaluate"]
+    done = subprocess.run([*arguments, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"][0]["metrics"] == {"score": 6.0}
+
+
+def test_a_power_that_would_take_all_memory_is_wrong_usage(members):
+    arguments = ["sweep", *members, "--evaluate", "score.py:closeness", "-w"]
+    assert "a power of at most 64" in run(*arguments, "polynomial:100000", status=2).stderr
+    run(*arguments, "polynomial:64")
 
 
 def test_a_metric_that_does_not_exist_is_told_at_the_first_evaluation(members):
