@@ -29,11 +29,28 @@ from streaming_polyak.files.inputs import find_checkpoints
 from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import parse_bytes
 from streaming_polyak.files.sweep import sweep_checkpoints
+from streaming_polyak.files.tensors import printable
 from streaming_polyak.files.verify import verify_checkpoint
 from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Polynomial, Weighting, parse_weighting
 
 
-class _UserError(click.ClickException):
+def _say(text: str, *, err: bool = False) -> None:
+    click.echo(_safe(text), err=err)
+
+
+def _safe(text: str) -> str:
+    """Returns lines in which nothing that stands in a stranger's file, such as a name, controls the terminal."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+class _Error(click.ClickException):
+    """The work could not be done."""
+
+    def format_message(self) -> str:
+        return _safe(self.message)
+
+
+class _UserError(_Error):
     """An error of a function that the user gave; `frames` are shown before its message."""
 
     def __init__(self, message: str, frames: str) -> None:
@@ -41,7 +58,7 @@ class _UserError(click.ClickException):
         self.frames = frames
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(self.frames, file, nl=False, err=True)
+        click.echo(_safe(self.frames), file, nl=False, err=True)
         super().show(file)
 
 
@@ -53,9 +70,9 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (StreamingPolyakError, ValueError, OSError, ImportError) as error:
             said = str(error).replace("pass overwrite=True", "give --overwrite")
-            raise click.ClickException(said) from error
+            raise _Error(said) from error
         except RecursionError as error:
-            raise click.ClickException("What is said in one of the files is nested too deeply to be shown.") from error
+            raise _Error("What is said in one of the files is nested too deeply to be shown.") from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -161,7 +178,7 @@ def average(
     if weighting is not None and options["weights"] is not None:
         raise click.UsageError("--weighting and --weights say the same thing in two ways; give one of them.")
     report = average_checkpoints(checkpoints, output, weighting or MEAN, progress=True, **options)
-    click.echo(json.dumps(report.to_json(), indent=1) if as_json else str(report))
+    _say(json.dumps(report.to_json(), indent=1) if as_json else str(report))
 
 
 @main.command()
@@ -262,7 +279,7 @@ def sweep(
         checkpoints, chosen or [MEAN, LINEAR, Exponential(alpha=2)], checked, progress=True, **options
     )
     verdict = result.verdict(metric, mode=mode)
-    click.echo(
+    _say(
         json.dumps({**result.to_json(), "verdict": verdict}, indent=1)
         if as_json
         else f"{result.table(metric, mode=mode)}\n\n{verdict}"
@@ -274,7 +291,7 @@ def sweep(
     best = result.best(metric, mode=mode)
     if export_best is not None:
         report = result.export(best, export_best, overwrite=overwrite, allow_nonfinite=options["allow_nonfinite"])
-        click.echo(str(report), err=as_json)
+        _say(str(report), err=as_json)
 
 
 @main.command()
@@ -291,7 +308,7 @@ def inspect(files: tuple[str, ...], as_json: bool) -> None:
       streaming-polyak inspect a.safetensors b.safetensors
     """  # noqa: D301
     found = inspect_checkpoints(files)
-    click.echo(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    _say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
 
 
 @main.command()
@@ -314,14 +331,14 @@ def verify(files: tuple[str, ...], as_json: bool) -> None:
             report = verify_checkpoint(path, progress=True)
         except StreamingPolyakError as error:
             failed = True
-            click.echo(f"Error: {error}", err=True)
+            _say(f"Error: {error}", err=True)
             reports.append({"path": str(path), "ok": False, "reason": str(error)})
         else:
             reports.append({"path": str(path), "ok": True, **report.to_json()})
             if not as_json:
-                click.echo(str(report))
+                _say(str(report))
     if as_json:
-        click.echo(json.dumps(reports, indent=1))
+        _say(json.dumps(reports, indent=1))
     if failed:
         raise click.exceptions.Exit(1)
 
@@ -509,4 +526,4 @@ def _told(function: str) -> Iterator[None]:
 
 
 def _paragraph(text: str) -> None:
-    click.echo(f"{text}\n")
+    _say(f"{text}\n")

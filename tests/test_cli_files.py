@@ -367,6 +367,37 @@ def test_what_a_file_says_may_be_nested_deeply(members, arguments):
     assert isinstance(result.exception, SystemExit | None)
 
 
+def test_nothing_that_a_stranger_named_controls_the_terminal(members, tmp_path):
+    evil = "\x1b[2J\x9b8m\r\u202e\nevil: good"
+    escaped = r"\x1b[2J\x9b8m\r\u202e\nevil: good"
+    name = f"{evil}\udcff.safetensors"  # ends in a byte that is not UTF-8
+    for weight in ("w", evil):
+        save_file({weight: np.ones(1, np.float32)}, tmp_path / "x", {"streaming_polyak": json.dumps({"a": evil})})
+        (tmp_path / "x").rename(tmp_path / (name if weight == evil else "plain.safetensors"))
+    save_file({evil: np.array([np.nan])}, "nan.safetensors")
+    (tmp_path / "score.py").write_text(
+        f"evaluate = lambda given: 1.0\ndef broken(given):\n    raise OSError({evil!r})\n"
+    )
+    sweep = ["sweep", name, "--evaluate"]
+    for arguments, status in (
+        (["inspect", name, "plain.safetensors"], 0),
+        (["verify", name], 0),
+        (["verify", "nan.safetensors", name + "gone"], 1),
+        (["average", name, "plain.safetensors", "-o", "out.npz"], 1),
+        (["average", name, "-o", f"{evil}.npz"], 0),
+        ([*sweep, "score.py:evaluate"], 0),
+        ([*sweep, "score.py:broken"], 1),
+    ):
+        result = run(*arguments, status=status)
+        shown = (result.stdout + result.stderr).replace("\n", "")
+        assert shown.isprintable(), shown
+        assert r"\x1b[2J\x9b8m\r\u202e" in shown
+    said = run("inspect", name, "plain.safetensors").stdout
+    assert f"\n{escaped} " in said
+    assert f"\n  {escaped}: missing in plain.safetensors\n" in said
+    assert said.startswith(rf"{escaped}\udcff.safetensors: safetensors, ")
+
+
 def test_verify_tells_good_from_damaged(members, tmp_path):
     run("average", *members, "-o", "out.safetensors")
     said = run("verify", *members, "out.safetensors").stdout

@@ -15,7 +15,7 @@ from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import find_checkpoints
 from streaming_polyak.files.meter import format_bytes
-from streaming_polyak.files.tensors import FLOATS, TensorTable, UnpackedSource, differences, is_optimizer
+from streaming_polyak.files.tensors import FLOATS, TensorTable, UnpackedSource, differences, is_optimizer, printable
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Inspection:
     def __str__(self) -> str:
         paragraphs = [_paragraph(file) for file in self.files]
         for file, lines in zip(self.files[1:], self.differing, strict=True):
-            first = self.files[0]["path"]
+            first, path = printable(self.files[0]["path"]), printable(file["path"])
             if lines:
-                paragraphs.append(f"{file['path']} differs from {first}:\n" + "\n".join(lines))
+                paragraphs.append(f"{path} differs from {first}:\n" + "\n".join(lines))
             else:
-                paragraphs.append(f"{file['path']} has the same tensors as {first}, so they can be averaged.")
+                paragraphs.append(f"{path} has the same tensors as {first}, so they can be averaged.")
         return "\n\n".join(paragraphs)
 
 
@@ -101,7 +101,7 @@ def _row(table: TensorTable) -> dict[str, Any]:
 def _paragraph(file: dict[str, Any]) -> str:
     rows = [
         [
-            tensor["name"],
+            printable(tensor["name"]),
             tensor["dtype"],
             "x".join(map(str, tensor["shape"])) or "scalar",
             f"{tensor['bytes']:,}",
@@ -112,8 +112,8 @@ def _paragraph(file: dict[str, Any]) -> str:
     ]
     in_place = sum(tensor["in_place"] for tensor in file["tensors"])
     lines = [
-        f"{file['path']}: {file['format']}, {format_bytes(file['bytes'])}; {len(rows)} tensors, {in_place} of them "
-        f"read in place; {file['parameters']:,} floating parameters of the model",
+        f"{printable(file['path'])}: {file['format']}, {format_bytes(file['bytes'])}; {len(rows)} tensors, {in_place} "
+        f"of them read in place; {file['parameters']:,} floating parameters of the model",
         tabulate(
             rows,
             ["tensor", "dtype", "shape", "bytes", "read", ""],

@@ -15,6 +15,7 @@ from tabulate import tabulate
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.average import AverageReport, average_checkpoints
 from streaming_polyak.files.storage import Storage, write_csv
+from streaming_polyak.files.tensors import printable
 from streaming_polyak.weighting import Weighting
 
 SINGLE = "single"
@@ -125,7 +126,13 @@ class SweepResult:
         scored = any(not math.isnan(row.metrics[metric]) for row in self.rows)
         best = self.best(metric, mode=mode) if scored else None
         rows = [
-            [row.weighting, row.n, row.members[-1].name, *row.metrics.values(), "best" if row is best else ""]
+            [
+                row.weighting,
+                row.n,
+                printable(row.members[-1].name),
+                *row.metrics.values(),
+                "best" if row is best else "",
+            ]
             for row in self.rows
         ]
         header = ["weighting", "n", "newest member", *self.metrics, ""]

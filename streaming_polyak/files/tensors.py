@@ -484,17 +484,22 @@ def read_provenance(path: Path, text: str | bytes | None) -> dict[str, Any] | No
     return said
 
 
+def printable(text: str) -> str:
+    """Returns a text with backslash escapes for what is not printed as a character: control characters, line ends."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def differences(expected: TensorTable, got: TensorTable, names: Mapping[str, Any]) -> list[str]:
     """Returns in words, a line a tensor, in what the tensors of two checkpoints differ."""
     lines = []
     for name in names:
         if name not in got.tensors:
-            lines.append(f"  {name}: missing in {got.path}")
+            lines.append(f"  {printable(name)}: missing in {got.path}")
         elif got.tensors[name].describe() != expected.tensors[name].describe():
             here, there = got.tensors[name].describe(), expected.tensors[name].describe()
-            lines.append(f"  {name}: {here} in {got.path}, {there} in {expected.path}")
+            lines.append(f"  {printable(name)}: {here} in {got.path}, {there} in {expected.path}")
     lines += [
-        f"  {name}: only in {got.path}"
+        f"  {printable(name)}: only in {got.path}"
         for name in got.tensors
         if name not in expected.tensors and not is_optimizer(name, got.format)
     ]
