@@ -1,6 +1,7 @@
 """The command line: thin over the library; TensorFlow is imported only by commands that train or evaluate.
 
-Exit status: 0 done; 1 the work could not be done, with the reason on the error output; 2 wrong usage.
+Exit status: 0 done; 1 the work could not be done, with the reason on the error output; 2 wrong usage; 143 ended
+by SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any, Literal
+from types import FrameType, ModuleType
+from typing import IO, Any, Literal, NoReturn
 
 import click
 
@@ -62,12 +65,31 @@ class _UserError(_Error):
         super().show(file)
 
 
+@contextlib.contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """Lets SIGTERM end the block as an exception does, so that no temporary file stays."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not end the cleaning up
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Group(click.Group):
     """Turns the library's errors into one line and exit status 1."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with _cleaning_up_when_terminated():
+                return super().invoke(ctx)
         except (StreamingPolyakError, ValueError, OSError, ImportError) as error:
             said = str(error).replace("pass overwrite=True", "give --overwrite")
             raise _Error(said) from error
@@ -462,11 +484,12 @@ def _load(function: str) -> Callable[[Any], Any]:
     if not (module and colon and name):
         raise click.BadParameter(f"{function!r} is not of the form MODULE:FUNCTION", param_hint="--evaluate")
     try:
+        # Their folder goes behind all others in sys.path, so that no file in it hides a module that is imported later.
         with _told(function):
             if module.endswith(".py"):
                 loaded = _from_path(Path(module).resolve())
             else:
-                sys.path.insert(0, os.getcwd())
+                sys.path.append(os.getcwd())
                 loaded = importlib.import_module(module)
     except _UserError as error:
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
@@ -477,7 +500,7 @@ def _load(function: str) -> Callable[[Any], Any]:
         raise
     found = getattr(loaded, name, None)
     if not callable(found):
-        reason = "is not callable" if hasattr(loaded, name) else "cannot be loaded: it has no such name"
+        reason = "is not callable" if hasattr(loaded, name) else f"cannot be loaded: {loaded.__file__} has no such name"
         raise click.BadParameter(f"{function!r} {reason}", param_hint="--evaluate")
 
     def evaluate(tensors: Any) -> Any:
@@ -490,7 +513,6 @@ def _load(function: str) -> Callable[[Any], Any]:
 def _from_path(path: Path) -> ModuleType:
     if not path.is_file():
         raise click.BadParameter(f"{path} cannot be loaded: there is no such file", param_hint="--evaluate")
-    # Behind all others, so that no file beside it hides a module that is imported later, here or by the library.
     sys.path.append(str(path.parent))
     name = path.stem if path.stem not in sys.modules else f"{path.stem} of --evaluate"
     spec = importlib.util.spec_from_file_location(name, path)

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -415,6 +417,31 @@ def test_verify_tells_good_from_damaged(members, tmp_path):
     assert "score.py: it is no checkpoint of a known format" in result.stderr
     said = json.loads(run("verify", members[0], "bad.safetensors", "--json", status=1).stdout)
     assert [entry["ok"] for entry in said] == [True, False]
+
+
+def test_terminated_an_average_leaves_nothing_behind(tmp_path):
+    for name in ("a", "b"):
+        save_file({str(i): np.ones(9, np.float32) for i in range(200)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "tmp").mkdir()
+    program = (
+        "import sys, time\nfrom streaming_polyak.cli import main\n"
+        "from streaming_polyak.files.average_pass import AveragePass\n"
+        "done = AveragePass._average\n"
+        "def slowly(*job):\n    print('averaging', flush=True)\n    time.sleep(0.5)\n    done(*job)\n"
+        "AveragePass._average = slowly\nmain(sys.argv[1:])"
+    )
+    arguments = ["average", "a.safetensors", "b.safetensors", "-o", "out.safetensors"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == b"averaging\n"
+        assert any(path.name.startswith(".writing-") for path in tmp_path.iterdir())
+        process.terminate()
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said == b""
+    assert {path.name for path in tmp_path.rglob("*")} == {"a.safetensors", "b.safetensors", "tmp"}
 
 
 def test_none_of_these_commands_imports_tensorflow(members):

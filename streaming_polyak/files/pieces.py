@@ -74,9 +74,8 @@ def run(jobs: Iterable[Job], work: Callable[[Job], None], threads: int) -> None:
         worker()
         return
     with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(worker) for _ in range(threads)]
         try:
-            for future in futures:
+            for future in [pool.submit(worker) for _ in range(threads)]:
                 future.result()
         except BaseException:  # Ctrl-C too: do not wait for all of the files
             stop.set()
