@@ -32,7 +32,7 @@ from streaming_polyak.files.inputs import find_checkpoints
 from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import parse_bytes
 from streaming_polyak.files.sweep import sweep_checkpoints
-from streaming_polyak.files.tensors import printable
+from streaming_polyak.files.tensors import printable, without_nan
 from streaming_polyak.files.verify import verify_checkpoint
 from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Polynomial, Weighting, parse_weighting
 
@@ -356,7 +356,7 @@ def verify(files: tuple[str, ...], as_json: bool) -> None:
             _say(f"Error: {error}", err=True)
             reports.append({"path": str(path), "ok": False, "reason": str(error)})
         else:
-            reports.append({"path": str(path), "ok": True, **report.to_json()})
+            reports.append({"path": str(path), "ok": True, **without_nan(report.to_json())})
             if not as_json:
                 _say(str(report))
     if as_json:

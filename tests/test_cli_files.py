@@ -400,6 +400,22 @@ def test_nothing_that_a_stranger_named_controls_the_terminal(members, tmp_path):
     assert said.startswith(rf"{escaped}\udcff.safetensors: safetensors, ")
 
 
+def test_json_has_null_for_what_json_cannot_say(members):
+    def read(*arguments):
+        def refuse(constant):
+            raise AssertionError(constant)
+
+        return json.loads(run(*arguments, "--json").stdout, parse_constant=refuse)
+
+    save_file({"w": np.ones(1)}, "odd.safetensors", {"streaming_polyak": '{"a": [NaN, {"b": -Infinity}], "c": 1.5}'})
+    plain = {"a": [None, {"b": None}], "c": 1.5}
+    assert read("inspect", "odd.safetensors")["files"][0]["provenance"] == plain
+    assert read("verify", "odd.safetensors")[0]["provenance"] == plain
+    Path("score.py").write_text("evaluate = lambda given: {'a': float('inf'), 'b': 1.0, 'c': float('nan')}\n")
+    for row in read("sweep", *members, "--evaluate", "score.py:evaluate", "--metric", "b")["rows"]:
+        assert row["metrics"] == {"a": None, "b": 1.0, "c": None}
+
+
 def test_verify_tells_good_from_damaged(members, tmp_path):
     run("average", *members, "-o", "out.safetensors")
     said = run("verify", *members, "out.safetensors").stdout

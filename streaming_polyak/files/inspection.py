@@ -15,7 +15,15 @@ from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import find_checkpoints
 from streaming_polyak.files.meter import format_bytes
-from streaming_polyak.files.tensors import FLOATS, TensorTable, UnpackedSource, differences, is_optimizer, printable
+from streaming_polyak.files.tensors import (
+    FLOATS,
+    TensorTable,
+    UnpackedSource,
+    differences,
+    is_optimizer,
+    printable,
+    without_nan,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """Returns all of it as JSON values."""
         return {
-            "files": list(self.files),
+            "files": without_nan(list(self.files)),
             "differences": [
                 {"path": file["path"], "lines": [line.strip() for line in lines]}
                 for file, lines in zip(self.files[1:], self.differing, strict=True)

@@ -15,7 +15,7 @@ from tabulate import tabulate
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.average import AverageReport, average_checkpoints
 from streaming_polyak.files.storage import Storage, write_csv
-from streaming_polyak.files.tensors import printable
+from streaming_polyak.files.tensors import printable, without_nan
 from streaming_polyak.weighting import Weighting
 
 SINGLE = "single"
@@ -150,14 +150,14 @@ class SweepResult:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all of it as JSON values."""
+        """Returns all of it as JSON values; metrics that are NaN or infinite are `None`."""
         return {
             "rows": [
                 {
                     "weighting": row.weighting,
                     "n": row.n,
                     "members": [str(path) for path in row.members],
-                    "metrics": row.metrics,
+                    "metrics": without_nan(row.metrics),
                 }
                 for row in self.rows
             ],
@@ -172,7 +172,9 @@ class SweepResult:
     def write_json(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_json()` to a file, replaced if it exists."""
         text = json.dumps(self.to_json(), indent=1)
-        Storage().commit(Path(path), lambda temporary: temporary.write_text(text + "\n"), overwrite=True)
+        Storage().commit(
+            Path(path), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"), overwrite=True
+        )
 
     def export(
         self, row: SweepRow, output: str | os.PathLike[str], *, overwrite: bool = False, **options: Any

@@ -489,6 +489,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def without_nan(value: Any) -> Any:
+    """Returns JSON values with `None` for NaN and infinity, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def differences(expected: TensorTable, got: TensorTable, names: Mapping[str, Any]) -> list[str]:
     """Returns in words, a line a tensor, in what the tensors of two checkpoints differ."""
     lines = []
