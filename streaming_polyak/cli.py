@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import sys
@@ -134,9 +135,22 @@ def _sweepable(text: str) -> Weighting:
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(number) for number in text.split(","))
+        numbers = tuple(float(number) for number in text.split(","))
     except ValueError:
         raise ValueError(f"{text!r} is not a list of numbers such as 0.5,0.3,0.2") from None
+    if not all(0 <= number < math.inf for number in numbers):
+        raise ValueError(f"{text!r} has a number that is no weight: negative, infinite or NaN")
+    if not any(numbers):
+        raise ValueError(f"{text!r} has no weight above 0")
+    return numbers
+
+
+def _check_count(weights: tuple[float, ...], checkpoints: tuple[str, ...], last: int | None) -> None:
+    count = len(find_checkpoints(checkpoints, last=last))
+    if len(weights) != count:
+        numbers = "1 number" if len(weights) == 1 else f"{len(weights)} numbers"
+        there = "1 checkpoint" if count == 1 else f"{count} checkpoints"
+        raise click.UsageError(f"--weights has {numbers} for {there}. Give one for each, oldest first.")
 
 
 _MAX_POWER = 64
@@ -199,6 +213,8 @@ def average(
     """  # noqa: D301
     if weighting is not None and options["weights"] is not None:
         raise click.UsageError("--weighting and --weights say the same thing in two ways; give one of them.")
+    if options["weights"] is not None:
+        _check_count(options["weights"], checkpoints, options["last"])
     report = average_checkpoints(checkpoints, output, weighting or MEAN, progress=True, **options)
     _say(json.dumps(report.to_json(), indent=1) if as_json else str(report))
 
@@ -284,6 +300,7 @@ def sweep(
     """  # noqa: D301
     chosen: list[Weighting | tuple[float, ...]] = list(weightings)
     if weights is not None:
+        _check_count(weights, checkpoints, options["last"])
         chosen.append(weights)
     evaluate = _load(function)
     # What can be seen to fail is told before, not after, hours of work.
