@@ -113,3 +113,45 @@ def test_a_checkpoint_of_another_model_and_an_unbuilt_model_are_refused(tmp_path
         sweep_checkpoints([path], [MEAN], KerasEvaluator(built(0), x, y))
     with pytest.raises(ValueError, match="Expected a built model"):
         KerasEvaluator(models.mlp(), x, y)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda kernel: kernel[:-1], r"kernel.* as float32 of shape \(4, 8\), got float32 of shape \(3, 8\)"),
+        (lambda kernel: kernel.T, r"got float32 of shape \(8, 4\)"),
+        (lambda kernel: kernel.astype(np.int32), r"got int32 of shape \(4, 8\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_leave_the_whole_model_as_it_was(wrong, message):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    evaluator = KerasEvaluator(model, *models.data())
+    names = evaluator._probe(".h5")
+    kernel = next(name for name in names if names[name] is model.layers[0].kernel)
+    others = {name: np.full(variable.shape, 5.0, np.float32) for name, variable in names.items() if name != kernel}
+    before = models.state(model)
+    with pytest.raises(ValueError, match=message):
+        evaluator.assign({**others, kernel: wrong(np.zeros((4, 8), np.float32))})
+    assert models.state(model) == before
+
+    class Unreadable(dict):
+        def __getitem__(self, name):
+            if name == kernel:
+                raise OSError("the disk is gone")
+            return super().__getitem__(name)
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        evaluator.assign(Unreadable({**others, kernel: None}))
+    assert models.state(model) == before
+    evaluator.assign({**others, kernel: np.zeros((4, 8), np.float16)})  # narrower floats fit
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model_weights/dense/dense/kernel:0", "layer_with_weights-0/kernel/.ATTRIBUTES/VARIABLE_VALUE", "dense.weight"],
+)
+def test_names_that_keras_3_does_not_give_are_refused_with_the_reason(name):
+    evaluator = KerasEvaluator(built(0), *models.data())
+    with pytest.raises(ValueError, match="Names of Keras 2, of TensorFlow checkpoints and of SavedModels are others"):
+        evaluator.assign({name: np.zeros(3, np.float32)})

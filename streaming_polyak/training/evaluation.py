@@ -23,11 +23,12 @@ Tensors = Mapping[str, NDArray[Any]]
 class KerasEvaluator:
     """Evaluates tensors by name as the weights of a model, with its compiled loss and metrics; for `sweep_checkpoints`.
 
-    The tensors stay in the model afterwards.
+    The tensors stay in the model afterwards. All of them are in memory while they are put there.
 
     Args:
-        model: compiled and built; which of its variables each tensor is follows from how Keras itself names them in
-            files of the kind that the tensors come from.
+        model: compiled and built; which of its variables each tensor is follows from how Keras 3 itself names them in
+            `.keras`, `.weights.h5` and `.h5` files. Names of Keras 2, of TensorFlow checkpoints and of SavedModels are
+            others, and are refused.
         x: arrays, a `tf.data.Dataset` or a PyDataset, as for `Trainer.evaluate`.
         y: targets, if `x` has none.
         sample_weight: weights of samples, if `x` has none.
@@ -64,7 +65,7 @@ class KerasEvaluator:
             tensors: all those of the model by name, in any floating dtype.
 
         Raises:
-            ValueError: a tensor of the model is missing, of another shape, or there are others.
+            ValueError: a tensor of the model is missing or does not fit its variable, or there are others.
         """
         self.assign(tensors)
         return self._trainer.evaluate(**self._data)
@@ -77,8 +78,18 @@ class KerasEvaluator:
         """
         if self._variables.keys() != set(tensors):
             self._variables = self._locate(set(tensors))
+        # All are read and checked before the first is assigned.
+        values = {name: np.asarray(tensors[name]) for name in self._variables}
         for name, variable in self._variables.items():
-            variable.assign(tensors[name])
+            dtype, shape = values[name].dtype.name, values[name].shape
+            is_float = keras.backend.is_float_dtype
+            if shape != tuple(variable.shape) or is_float(dtype) != is_float(variable.dtype):
+                raise ValueError(
+                    f"Expected {name!r} as {variable.dtype} of shape {tuple(variable.shape)}, got {dtype} of shape "
+                    f"{shape}. Evaluate checkpoints on the model they were saved from."
+                )
+        for name, variable in self._variables.items():
+            variable.assign(values[name])
 
     def _locate(self, names: set[str]) -> dict[str, keras.Variable]:
         """Finds which variable has which name, by letting Keras save the model with a number of its own in each."""
@@ -98,7 +109,8 @@ class KerasEvaluator:
                 for what, some in (("missing are", missing), ("not of the model are", extra))
                 if some
             )
-            + ". Evaluate checkpoints on the model they were saved from."
+            + ". Evaluate checkpoints on the model they were saved from. Names of Keras 2, of TensorFlow checkpoints "
+            "and of SavedModels are others."
         )
 
     def _probe(self, suffix: str) -> dict[str, keras.Variable]:
