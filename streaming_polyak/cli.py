@@ -318,19 +318,25 @@ def sweep(
         checkpoints, chosen or [MEAN, LINEAR, Exponential(alpha=2)], checked, progress=True, **options
     )
     verdict = result.verdict(metric, mode=mode)
-    _say(
-        json.dumps({**result.to_json(), "verdict": verdict}, indent=1)
-        if as_json
-        else f"{result.table(metric, mode=mode)}\n\n{verdict}"
-    )
-    if csv_path is not None:
-        result.to_csv(csv_path)
-    if plot_path is not None:
-        result.plot(plot_path, metric)
-    best = result.best(metric, mode=mode)
-    if export_best is not None:
-        report = result.export(best, export_best, overwrite=overwrite, allow_nonfinite=options["allow_nonfinite"])
-        _say(str(report), err=as_json)
+    with contextlib.ExitStack() as then:  # what is in it is done from the last on, and each though another failed
+
+        @then.callback
+        def export() -> None:
+            best = result.best(metric, mode=mode)
+            if export_best is not None:
+                allow = options["allow_nonfinite"]
+                report = result.export(best, export_best, overwrite=overwrite, allow_nonfinite=allow)
+                _say(str(report), err=as_json)
+
+        if plot_path is not None:
+            then.callback(result.plot, plot_path, metric)
+        if csv_path is not None:
+            then.callback(result.to_csv, csv_path)
+        _say(
+            json.dumps({**result.to_json(), "verdict": verdict}, indent=1)
+            if as_json
+            else f"{result.table(metric, mode=mode)}\n\n{verdict}"
+        )
 
 
 @main.command()

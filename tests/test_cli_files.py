@@ -281,12 +281,25 @@ def test_what_fails_after_a_sweep_does_not_take_its_results(members, tmp_path, m
     result = run(*arguments, status=1)
     assert "No average of two or more members" in result.stdout
     assert "No space left on device" in result.stderr
-    result = run(*arguments, "--json", status=1)
+    result = run(*arguments, "--json", "--export-best", "best.safetensors", status=1)
     assert len(json.loads(result.stdout)["rows"]) == 12
+    assert "No space left on device" in result.stderr
+    (tmp_path / "best.safetensors").unlink()
     result = run("sweep", *members, "--evaluate", "score.py:nothing", "--export-best", "best.safetensors", status=1)
     assert "No single member has a score." in result.stdout
     assert "NaN in all rows" in result.stderr
     assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_results_are_written_though_nobody_reads_what_is_printed(members, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ["sweep", *members, "--evaluate", "score.py:closeness", "--csv", "rows.csv", "--plot", "rows.png"]
+    program = [sys.executable, "-m", "streaming_polyak", *arguments, "--export-best", "best.safetensors"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as "| head" does
+        assert b"Broken pipe" in process.stderr.read()
+    assert process.returncode == 1
+    assert {"rows.csv", "rows.png", "best.safetensors"} <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(
