@@ -24,7 +24,7 @@ from typing import IO, Any, Literal, NoReturn
 import click
 
 from streaming_polyak import __version__
-from streaming_polyak.errors import StreamingPolyakError
+from streaming_polyak.errors import CheckpointError, StreamingPolyakError
 from streaming_polyak.files.average import average_checkpoints
 from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.drafts import check_structure, format_of, record
@@ -32,8 +32,8 @@ from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import find_checkpoints
 from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import parse_bytes
-from streaming_polyak.files.sweep import sweep_checkpoints
-from streaming_polyak.files.tensors import printable, without_nan
+from streaming_polyak.files.sweep import MAX_POWER, sweep_checkpoints
+from streaming_polyak.files.tensors import is_optimizer, printable
 from streaming_polyak.files.verify import verify_checkpoint
 from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Polynomial, Weighting, parse_weighting
 
@@ -128,8 +128,8 @@ def _parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
 
 def _sweepable(text: str) -> Weighting:
     weighting = parse_weighting(text)
-    if isinstance(weighting, Polynomial) and weighting.power > _MAX_POWER:
-        raise ValueError(f"Expected a power of at most {_MAX_POWER}, as each takes memory; got {text}.")
+    if isinstance(weighting, Polynomial) and weighting.power > MAX_POWER:
+        raise ValueError(f"Expected a power of at most {MAX_POWER}, as each takes memory; got {text}.")
     return weighting
 
 
@@ -153,7 +153,6 @@ def _check_count(weights: tuple[float, ...], checkpoints: tuple[str, ...], last:
         raise click.UsageError(f"--weights has {numbers} for {there}. Give one for each, oldest first.")
 
 
-_MAX_POWER = 64
 _PATH = click.Path(path_type=Path)
 _checkpoints = click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 _last = click.option("--last", type=click.IntRange(1), metavar="N", help="Only the newest N.")
@@ -374,12 +373,12 @@ def verify(files: tuple[str, ...], as_json: bool) -> None:
     for path in find_checkpoints(files):
         try:
             report = verify_checkpoint(path, progress=True)
-        except StreamingPolyakError as error:
+        except (StreamingPolyakError, OSError) as error:
             failed = True
             _say(f"Error: {error}", err=True)
             reports.append({"path": str(path), "ok": False, "reason": str(error)})
         else:
-            reports.append({"path": str(path), "ok": True, **without_nan(report.to_json())})
+            reports.append({"path": str(path), "ok": True, **report.to_json()})
             if not as_json:
                 _say(str(report))
     if as_json:
@@ -496,7 +495,16 @@ def _check_outputs(outputs: Mapping[str, Path], checkpoints: tuple[str, ...], ov
     if (best := outputs.get("--export-best")) is not None:
         with Parser() as parser, open_checkpoint(inputs[-1], parser) as newest:
             format = format_of(best, newest)
-            check_structure(format, best, newest, newest)
+            model = {name: t for name, t in newest.tensors.items() if not is_optimizer(name, newest.format)}
+            try:
+                check_structure(format, best, model, newest)
+            except CheckpointError as error:
+                if error.code != "template":
+                    raise
+                raise ValueError(
+                    f"--export-best {best} cannot be made of {inputs[-1]}, which does not hold all that such a file "
+                    "has. Give it the suffix of the checkpoints, or .safetensors."
+                ) from None
         if record(best, format).exists() and not overwrite:
             raise FileExistsError(f"{best} exists already. Choose another name, or give --overwrite to replace it.")
 

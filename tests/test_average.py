@@ -45,6 +45,7 @@ from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import cpus
 from streaming_polyak.files.storage import TEMPORARY
 from streaming_polyak.files.summation import TILE
+from streaming_polyak.files.sweep import sweep_checkpoints
 from streaming_polyak.files.tensors import DTYPES, Source
 from streaming_polyak.files.verify import verify_checkpoint
 
@@ -451,6 +452,17 @@ def test_a_saved_model_with_a_linked_folder_is_refused_before_a_half_copy_is_mad
     (tmp_path / "file").touch()
     message = "file is a file, which no folder replaces"
     refused(tmp_path, None, message, folders, tmp_path / "file", error=FileExistsError, overwrite=True)
+
+
+def test_an_average_made_earlier_is_not_averaged_again_with_its_folder(run):
+    average_checkpoints(["run"], "run/average.safetensors")
+    for given in ("run", "run/*.safetensors"):
+        with pytest.raises(CheckpointError, match=r"run/average\.safetensors: it is an average itself"):
+            average_checkpoints(given, "out.safetensors")
+        with pytest.raises(CheckpointError, match=r"run/average\.safetensors: it is an average itself"):
+            sweep_checkpoints(given, [MEAN], lambda tensors: 0.0)
+    report = average_checkpoints(["run/epoch-?.safetensors", "run/average.safetensors"], "out.safetensors")
+    assert len(report.inputs) == 11
 
 
 # Which inputs, and how much each weighs.

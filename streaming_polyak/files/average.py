@@ -38,7 +38,7 @@ from streaming_polyak.files.formats.drafts import (
     record,
 )
 from streaming_polyak.files.formats.hdf5 import Parser
-from streaming_polyak.files.inputs import find_checkpoints
+from streaming_polyak.files.inputs import check_no_averages, find_inputs
 from streaming_polyak.files.meter import Meter, cpus, format_bytes, parse_bytes
 from streaming_polyak.files.storage import Storage
 from streaming_polyak.files.summation import TILE
@@ -162,7 +162,8 @@ def average_checkpoints(
     beside it, until the same call has been made again.
     """
     output = Path(output)
-    found = find_checkpoints(paths, sort=sort, last=last)
+    given = find_inputs(paths, sort=sort, last=last)
+    found = given.paths
     raw, words = _raw_weights(found, weighting, weights)
     if optimizer not in ("drop", "newest"):
         raise ValueError(f'Expected optimizer="drop" or "newest", got optimizer={optimizer!r}.')
@@ -171,6 +172,7 @@ def average_checkpoints(
         parser = stack.enter_context(Parser())
         meter = stack.enter_context(Meter(None, "averaging", progress))
         inputs = CheckpointSet(found, parser, stack)
+        check_no_averages(given, inputs.are_averages)
         structure = inputs.newest if template is None else _template(Path(template), inputs.newest, parser, stack)
         format = format_of(output, inputs.newest)
         if template is not None and format in ("safetensors", "npz"):

@@ -49,8 +49,9 @@ class CheckpointSet:
         source_numbers: of the same shape: in which file of its checkpoint.
         big_endian: of the same shape: the byte order.
         crc32c: of those checkpoints whose format keeps them, by number: of each tensor, uint32.
-        tables: of all checkpoints, without their tensors and checksums.
+        tables: of all checkpoints, without their tensors, checksums and provenance.
         sizes: bytes of the files of each checkpoint.
+        are_averages: of each checkpoint, whether it says that it is an average.
 
     Raises:
         CheckpointError: one cannot be read, is there twice, or is not of the same model as the newest.
@@ -80,6 +81,7 @@ class CheckpointSet:
         self._checksums: list[tuple[NDArray[np.void], Sequence[str]]] = []
         self.tables: list[TensorTable] = []
         self.sizes: list[int] = []
+        self.are_averages: list[bool] = []
         seen: dict[tuple[int, int], Path] = {}
         free = _free_descriptors()
         for i, path in enumerate(paths):
@@ -111,6 +113,7 @@ class CheckpointSet:
             if table.tensors[placed[0].name].crc32c is not None:
                 self.crc32c[i] = np.array([table.tensors[t.name].crc32c for t in placed], np.uint32)
             self._keep_checksums(table)
+            self.are_averages.append(table.provenance is not None)
             self.sizes.append(sum(s.size for s in table.sources if not isinstance(s, UnpackedSource)))
             if table is not self.newest:
                 table.tensors = {}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from streaming_polyak.errors import CheckpointError
-from streaming_polyak.files.tensors import TensorTable
 
 SUFFIXES = (".keras", ".weights.h5", ".h5", ".hdf5", ".weights.json", ".safetensors", ".npz", ".index")
 _EPOCH = re.compile(r"(?:epoch|(?<![a-z])ep)\D?(\d+)", re.IGNORECASE)
@@ -91,18 +90,18 @@ def find_inputs(
     return Inputs(paths, frozenset(taken_in.intersection(paths)))
 
 
-def check_no_averages(inputs: Inputs, tables: Iterable[TensorTable]) -> None:
+def check_no_averages(inputs: Inputs, are_averages: Iterable[bool]) -> None:
     """Refuses averages made earlier into a folder whose checkpoints are averaged, as they would be averaged again.
 
     Args:
         inputs: as found.
-        tables: of `inputs.paths`, in that order.
+        are_averages: of `inputs.paths`, in that order, whether it says that it is an average.
 
     Raises:
-        CheckpointError: one that was taken in by a folder or a pattern says that it is an average.
+        CheckpointError: one is an average and was taken in by a folder or a pattern.
     """
-    for path, table in zip(inputs.paths, tables, strict=True):
-        if path in inputs.taken_in and table.provenance is not None:
+    for path, is_average in zip(inputs.paths, are_averages, strict=True):
+        if is_average and path in inputs.taken_in:
             raise CheckpointError(
                 "average-among-inputs",
                 path,

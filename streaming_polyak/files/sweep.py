@@ -36,7 +36,7 @@ from streaming_polyak.files.average import Paths
 from streaming_polyak.files.checkpoint_set import CheckpointSet, as_floats
 from streaming_polyak.files.checksums import crc32, crc32c
 from streaming_polyak.files.formats.hdf5 import Parser
-from streaming_polyak.files.inputs import find_checkpoints
+from streaming_polyak.files.inputs import check_no_averages, find_inputs
 from streaming_polyak.files.meter import Meter
 from streaming_polyak.files.summation import TILE, rounded
 from streaming_polyak.files.sweep_result import SINGLE, SweepResult, SweepRow
@@ -46,7 +46,7 @@ from streaming_polyak.weighting import Exponential, Polynomial, Weighting
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
 Evaluate = Callable[[Tensors], Mapping[str, float] | float]
-_MAX_POWER = 64
+MAX_POWER = 64
 _Found = TypeVar("_Found")
 Weightings = Mapping[str, "Weighting | Sequence[float]"] | Sequence["Weighting | Sequence[float]"]
 
@@ -88,13 +88,15 @@ def sweep_checkpoints(
         ValueError: a weighting cannot be swept, or two have one name.
     """
     started = time.perf_counter()
-    found = find_checkpoints(paths, sort=sort, last=last)
+    given = find_inputs(paths, sort=sort, last=last)
+    found = given.paths
     named = _named(weightings, len(found))
     if accumulators not in ("memory", "disk"):
         raise ValueError(f'Expected accumulators="memory" or "disk", got accumulators={accumulators!r}.')
     with ExitStack() as stack:
         parser = stack.enter_context(Parser())
         members = CheckpointSet(found, parser, stack)
+        check_no_averages(given, members.are_averages)
         sums = _Sums(named, members.averaged, stack if accumulators == "disk" else None)
         bar = stack.enter_context(
             tqdm(total=len(found) * (1 + len(named)), unit="evaluation", disable=None if progress else True)
@@ -301,10 +303,8 @@ def _named(weightings: Weightings, count: int) -> dict[str, Weighting | tuple[fl
             raise ValueError(f"Expected a name of its own for each weighting, got {name!r} twice or {SINGLE!r}.")
         if isinstance(weighting, Polynomial) and weighting.power != int(weighting.power):
             raise ValueError(f"Expected a whole power, as one pass needs it, got {weighting!r}.")
-        if isinstance(weighting, Polynomial) and weighting.power > _MAX_POWER:
-            raise ValueError(
-                f"Expected a power of at most {_MAX_POWER}, as it takes power + 1 sums, got {weighting!r}."
-            )
+        if isinstance(weighting, Polynomial) and weighting.power > MAX_POWER:
+            raise ValueError(f"Expected a power of at most {MAX_POWER}, as it takes power + 1 sums, got {weighting!r}.")
         if isinstance(weighting, (Polynomial, Exponential)):
             named[name] = weighting
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,16 @@ from streaming_polyak.files.formats.keras_archive import WEIGHTS, KerasArchive
 from streaming_polyak.files.meter import Meter, cpus, format_bytes
 from streaming_polyak.files.pieces import Piece, Segment
 from streaming_polyak.files.summation import TILE
-from streaming_polyak.files.tensors import DTYPES, FLOATS, Tensor, TensorTable, UnpackedSource, is_optimizer
+from streaming_polyak.files.tensors import (
+    DTYPES,
+    FLOATS,
+    Tensor,
+    TensorTable,
+    UnpackedSource,
+    is_optimizer,
+    printable,
+    without_nan,
+)
 
 
 @dataclass
@@ -69,7 +77,15 @@ class Verified:
 
     def to_json(self) -> dict[str, Any]:
         """Returns all of it as JSON values."""
-        return {**dataclasses.asdict(self), "path": str(self.path), "crc32": f"{self.crc32:08x}"}
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+            "crc32": f"{self.crc32:08x}",
+            "checksums": self.checksums,
+            "provenance": without_nan(self.provenance),
+        }
 
     def __str__(self) -> str:
         checks = (
@@ -81,8 +97,8 @@ class Verified:
         if self.provenance is not None and isinstance(self.provenance.get("inputs"), list):
             made = f"; {self.provenance.get('weighting')} average of {len(self.provenance['inputs'])} checkpoints"
         return (
-            f"{self.path}: good. {self.format}, {self.tensors} tensors, {format_bytes(self.bytes)}, CRC-32 "
-            f"{self.crc32:08x}; all finite; {checks}{made}"
+            f"{printable(str(self.path))}: good. {self.format}, {self.tensors} tensors, {format_bytes(self.bytes)}, "
+            f"CRC-32 {self.crc32:08x}; all finite; {checks}{made}"
         )
 
 
