@@ -14,6 +14,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import types
 import zipfile
 import zlib
@@ -738,6 +740,27 @@ def test_a_parser_that_hangs_ends_itself_when_its_parent_is_gone(tmp_path, parse
     monkeypatch.setattr(parser, "_receive", lambda count, deadline: receive(count, deadline + 60))
     with pytest.raises(CheckpointError, match=r"crashed on it \(SIGALRM\)"):
         ask(parser, "hang", path, seconds=0.1)
+
+
+@pytest.mark.parametrize("sent", [8, 3, 20], ids=["the header", "half of it", "half of the request"])
+def test_the_parser_returns_when_its_parent_dies_in_the_middle_of_a_request(sent, tmp_path):
+    script = f"import os, runpy; runpy.run_path({hdf5_child.__file__!r})['main']()\nos.system('ls -l /proc/$PPID/fd')"
+    path = hdf5_file(tmp_path / "a.weights.h5")
+    ours, theirs = socket.socketpair()
+    with theirs, path.open("rb") as file:
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdout=subprocess.PIPE
+        )
+        socket.send_fds(ours, [(struct.pack("<Q", 100) + bytes(50))[:sent]], [file.fileno()])
+        assert ours.recv(1) == b"!"
+    ours.close()
+    try:
+        said, _ = child.communicate(timeout=20)
+    finally:
+        child.kill()
+    assert child.returncode == 0
+    assert b" 0 -> " in said
+    assert path.name.encode() not in said
 
 
 def test_a_mistake_in_the_parser_is_an_error(tmp_path, parser):

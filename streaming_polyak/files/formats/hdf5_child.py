@@ -441,15 +441,20 @@ def main() -> None:
     connection.sendall(b"!")  # ready
     while True:
         header, fds, _, _ = socket.recv_fds(connection, 8, 2)
-        if len(header) < 8:
-            return
-        (length,) = struct.unpack("<Q", header)
-        request = b""
-        while len(request) < length:
-            request += connection.recv(min(length - len(request), 1 << 20))
-        reply = json.dumps(answer(json.loads(request), fds)).encode()
-        for fd in fds:
-            os.close(fd)
+        try:
+            if len(header) < 8:
+                return
+            (length,) = struct.unpack("<Q", header)
+            request = b""
+            while len(request) < length:
+                part = connection.recv(min(length - len(request), 1 << 20))
+                if not part:  # the parent died
+                    return
+                request += part
+            reply = json.dumps(answer(json.loads(request), fds)).encode()
+        finally:
+            for fd in fds:
+                os.close(fd)
         connection.sendall(struct.pack("<Q", len(reply)) + reply)
 
 
