@@ -794,6 +794,37 @@ def test_an_interrupted_request_is_not_answered_to_the_next_one(tmp_path, parser
     assert sorted(contents(two, parser)) == ["layers/dense/vars/0", "x"]
 
 
+# Whatever is printed, by any library, at any time: none of it may reach a file that is open for averaging.
+NOISY = """
+import contextlib, os, sys
+from pathlib import Path
+from streaming_polyak import average_checkpoints
+from streaming_polyak.files.tensors import Source
+
+read_into = Source.read_into
+
+def noisy(self, buffer, offset):
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):
+            os.write(fd, b"noise")
+    read_into(self, buffer, offset)
+
+Source.read_into = noisy
+average_checkpoints([Path(name) for name in sys.argv[2:]], Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-", "2>&-"])
+def test_a_program_with_closed_standard_streams_averages_all_the_same(closed, tmp_path, parser):
+    paths = [tmp_path / f"{number}.weights.h5" for number in range(2)]
+    for number, path in enumerate(paths):
+        hdf5_file(path, lambda file, n=number: file.create_dataset("x", data=WIDE + 2 * n, chunks=(7, 9)) and None)
+    output = tmp_path / "average.weights.h5"
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", NOISY, output, *paths]
+    subprocess.run(shell, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    equal(contents(output, parser), {"x": WIDE + 1, "layers/dense/vars/0": DATA})
+
+
 def test_the_parser_looks_for_no_plugins(tmp_path, parser):
     assert ask(parser, "plugins", hdf5_file(tmp_path / "a.weights.h5")) == {"folders": 0}
 

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from streaming_polyak.files.descriptors import moved
+
 
 class Disk:
     """The disk as the system has it."""
@@ -20,7 +22,7 @@ class Disk:
         Raises:
             FileExistsError: there is something of this name.
         """
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        return moved(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
 
     def write(self, fd: int, data: memoryview, offset: int) -> int:
         """Writes bytes from `offset` on and returns how many, at least one."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,6 +34,7 @@ from streaming_polyak.files import pieces
 from streaming_polyak.files.average import Paths
 from streaming_polyak.files.checkpoint_set import CheckpointSet, as_floats
 from streaming_polyak.files.checksums import crc32, crc32c
+from streaming_polyak.files.descriptors import temporary_file
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import check_no_averages, find_inputs
 from streaming_polyak.files.meter import Meter
@@ -145,7 +145,7 @@ class _Sums:
         if on_disk is None:
             self._sums = np.zeros((number, size))
         else:
-            file = on_disk.enter_context(tempfile.TemporaryFile(prefix="streaming_polyak-"))  # noqa: SIM115  # the stack does
+            file = on_disk.enter_context(temporary_file())
             os.posix_fallocate(file.fileno(), 0, max(1, number * size * 8))  # a full disk is an error here
             self._map = mmap.mmap(file.fileno(), max(1, number * size * 8))
             self._sums = np.frombuffer(self._map, np.float64, number * size).reshape(number, size)

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import stat
-import tempfile
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming_polyak.errors import CheckpointError
+from streaming_polyak.files.descriptors import duplicate, moved, temporary_file
 
 PROVENANCE = "streaming_polyak"
 
@@ -148,12 +148,12 @@ class Source:
 
     def duplicate(self) -> int:
         """Returns a new descriptor of the same file, for a child process."""
-        return os.dup(self._fd) if self._fd is not None else self._reopen()
+        return duplicate(self._fd) if self._fd is not None else self._reopen()
 
     def _open(self) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe without a writer would wait
         try:
-            fd = os.open(self._resolved, flags)
+            fd = moved(os.open(self._resolved, flags))
         except FileNotFoundError:
             raise CheckpointError("missing", self.path, "there is no such file.") from None
         except OSError as error:
@@ -183,7 +183,7 @@ class UnpackedSource(Source):
 
     def __init__(self, origin: Source) -> None:
         self.path, self.origin, self.size = origin.path, origin, 0
-        self.unpacked = tempfile.TemporaryFile(prefix="streaming_polyak-", buffering=0)  # noqa: SIM115  # lives on
+        self.unpacked = temporary_file()
         self._fd = None
         self.identity = origin.identity
 
@@ -205,7 +205,7 @@ class UnpackedSource(Source):
     def duplicate(self) -> int:
         """Returns a new descriptor of the temporary file."""
         assert self.unpacked is not None
-        return os.dup(self.unpacked.fileno())
+        return duplicate(self.unpacked.fileno())
 
     def _reopen(self) -> int:
         return self.duplicate()

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from streaming_polyak.errors import CheckpointError
+from streaming_polyak.files.descriptors import moved
 from streaming_polyak.files.tensors import (
     Source,
     Tensor,
@@ -77,7 +78,7 @@ class Parser:
             if self._process.poll() is None:
                 return
             self.close()
-        ours, theirs = socket.socketpair()
+        ours, theirs = (socket.socket(fileno=moved(end.detach())) for end in socket.socketpair())
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
