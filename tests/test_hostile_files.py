@@ -40,7 +40,8 @@ FF = 0xFFFF_FFFF
 
 # A child that can be asked for more: to misbehave, and to have other limits until it ends.
 CHILD = """
-import contextlib, importlib.util, os, signal
+import contextlib, importlib.util, os, signal, sys
+sys.path += sys.argv[2:]
 spec = importlib.util.spec_from_file_location("hdf5_child", {path!r})
 child = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(child)
@@ -823,6 +824,34 @@ def test_a_program_with_closed_standard_streams_averages_all_the_same(closed, tm
     shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", NOISY, output, *paths]
     subprocess.run(shell, check=True, timeout=60, stdout=subprocess.DEVNULL)
     equal(contents(output, parser), {"x": WIDE + 1, "layers/dense/vars/0": DATA})
+
+
+def test_the_parser_imports_nothing_of_the_user(tmp_path, monkeypatch):
+    folder = tmp_path / "beside score.py"
+    folder.mkdir()
+    for name in ("json", "codecs", "resource", "socket", "contextlib", "h5py", "numpy", "sitecustomize"):
+        (folder / f"{name}.py").write_text(f"raise SystemExit('this is the {name}.py of the user')")
+    monkeypatch.syspath_prepend(folder)
+    for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE"):
+        monkeypatch.setenv(name, str(folder))
+    path = hdf5_file(tmp_path / "a.weights.h5")
+    with contextlib.chdir(folder), Parser() as parser:
+        equal(contents(path, parser), {"layers/dense/vars/0": DATA})
+
+
+def test_the_packages_of_the_parser_are_those_beside_numpy_then_those_along_the_path(tmp_path, monkeypatch):
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    for package in (one / "numpy", two / "json", three / "h5py", three / "mpi4py"):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    (two / "h5py.py").touch()
+    monkeypatch.setattr(hdf5, "np", types.SimpleNamespace(__file__=str(one / "numpy/__init__.py")))
+    monkeypatch.setattr(sys, "path", ["", str(two), str(three), *sys.path])
+    assert hdf5._packages() == [str(one), str(three)]
+    (one / "h5py").mkdir()
+    (one / "h5py/__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(two)])
+    assert hdf5._packages() == [str(one)]
 
 
 def test_the_parser_looks_for_no_plugins(tmp_path, parser):

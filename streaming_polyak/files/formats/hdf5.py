@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.descriptors import moved
 from streaming_polyak.files.tensors import (
@@ -81,14 +83,13 @@ class Parser:
         ours, theirs = (socket.socket(fileno=moved(end.detach())) for end in socket.socketpair())
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
             "HDF5_PLUGIN_PRELOAD": "::",  # no plugins
             "OPENBLAS_NUM_THREADS": "1",
         }
         with theirs:
             self._process = subprocess.Popen(
-                # -S: the paths are known, and looking for packages takes a tenth of the time; -P: none of them is ours.
-                [sys.executable, "-SP", Path(__file__).with_name("hdf5_child.py"), str(theirs.fileno())],
+                # -I: nothing of the environment or of our folder; -S: looking for packages takes a tenth of the time.
+                [sys.executable, "-IS", Path(__file__).with_name("hdf5_child.py"), str(theirs.fileno()), *_packages()],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -185,6 +186,21 @@ class Parser:
             )
         last = output.decode(errors="replace").strip().rpartition("\n")[2]
         return CheckpointError("crash", path, f"the process that parses HDF5 ended with status {status}: {last}")
+
+
+def _packages() -> list[str]:
+    """Returns the folders that hold NumPy and h5py, which the child puts behind the standard library.
+
+    Nothing else of the path of this process is for the child: it would import a user's `json.py` that lies beside a
+    script to score with. h5py is looked for beside NumPy, which is imported already, then along the path; as a folder,
+    so that a user's `h5py.py` is passed over. Packages in a zip file, or found by an import hook as those installed as
+    editable are, are not found: then the child cannot start.
+    """
+    folders = [str(Path(np.__file__).parents[1])]
+    for package in ("h5py", "mpi4py"):  # which h5py imports if it was built with MPI
+        along = [*folders, *(os.path.abspath(entry) for entry in sys.path if entry)]
+        folders += next(([folder] for folder in along if Path(folder, package, "__init__.py").is_file()), [])
+    return list(dict.fromkeys(folders))
 
 
 def open_hdf5(source: Source, parser: Parser) -> TensorTable:

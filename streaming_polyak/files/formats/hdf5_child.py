@@ -28,6 +28,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path += sys.argv[2:]  # the folders of the packages
+
 import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5o, h5p, h5pl, h5s, h5t, h5z
@@ -426,7 +429,10 @@ def _no_other_file() -> Iterator[None]:
 
 
 def main() -> None:
-    """Answers requests until the other end of the socket, whose number is the first argument, is closed."""
+    """Answers requests until the other end of the socket, whose number is the first argument, is closed.
+
+    The other arguments are the folders of the packages that it imports.
+    """
     connection = socket.socket(fileno=int(sys.argv[1]))
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
