@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from streaming_polyak.cli import main
 from streaming_polyak.files import sweep_result, tensors
+from streaming_polyak.files.formats import hdf5
 
 SCORES = """
 import math
@@ -62,6 +64,17 @@ def run(*arguments, status=0):
     if result.exception is not None:
         assert isinstance(result.exception, SystemExit)
     return result
+
+
+def test_a_parser_of_hdf5_that_does_not_start_is_one_line_and_status_1(tmp_path, monkeypatch):
+    path = tmp_path / "a.weights.h5"
+    h5py.File(path, "w").close()
+    (tmp_path / "hdf5_child.py").write_text("import no_h5py")
+    monkeypatch.setattr(hdf5, "__file__", str(tmp_path / "hdf5.py"))
+    assert re.fullmatch(
+        "Error: the process that parses HDF5 ended with .* ModuleNotFoundError: No module named 'no_h5py'\n",
+        run("inspect", path, status=1).stderr,
+    )
 
 
 def test_average_writes_the_average_and_says_what_it_took(members):

@@ -46,8 +46,13 @@ spec = importlib.util.spec_from_file_location("hdf5_child", {path!r})
 child = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(child)
 
-def crash(fd):
-    os.kill(os.getpid(), signal.SIGSEGV)
+def end(fd, signal):
+    os.kill(os.getpid(), signal)
+
+def chatter(fd):
+    for _ in range(1000):
+        print("noise " * 200, file=sys.stderr)
+    return {{}}
 
 def hang(fd):
     while True:
@@ -77,7 +82,7 @@ def limit(fd, **limits):
     vars(child).update(limits)
     return {{}}
 
-for more in (crash, hang, stumble, lie, follow, peek, plugins, unseal, limit):
+for more in (end, chatter, hang, stumble, lie, follow, peek, plugins, unseal, limit):
     child._REQUESTS[more.__name__] = more
 child.main()
 """
@@ -682,15 +687,22 @@ def test_bfloat16_as_keras_keeps_it_is_read(tmp_path, parser):
 # --- the process that parses HDF5 ---------------------------------------------------------------------------------
 
 
-def test_a_crash_of_the_parser_is_an_error_and_the_next_file_is_read(tmp_path, parser):
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL"])
+def test_a_crash_of_the_parser_is_an_error_and_the_next_file_is_read(name, tmp_path, parser):
     path = hdf5_file(tmp_path / "a.weights.h5")
     contents(path, parser)
     first = parser._process.pid
-    with pytest.raises(CheckpointError, match=r"a\.weights\.h5: libhdf5 crashed on it \(SIGSEGV\)") as caught:
-        ask(parser, "crash", path)
+    with pytest.raises(CheckpointError, match=rf"a\.weights\.h5: libhdf5 crashed on it \({name}\)") as caught:
+        ask(parser, "end", path, signal=getattr(signal, name))
     assert caught.value.code == "crash"
     equal(contents(path, parser), {"layers/dense/vars/0": DATA})
     assert parser._process.pid != first
+
+
+KILLED = (
+    r"a\.weights\.h5: the process that parses it was killed \(%s\), perhaps by the system for want of memory; that is "
+    r"not necessarily the file's fault\. Run it again"
+)
 
 
 def test_a_parser_killed_while_it_works_is_an_error_and_the_next_file_is_read(tmp_path, parser, monkeypatch):
@@ -705,8 +717,47 @@ def test_a_parser_killed_while_it_works_is_an_error_and_the_next_file_is_read(tm
     with monkeypatch.context() as patch:
         patch.setattr(parser, "_receive", killed)
         os.kill(parser._process.pid, signal.SIGSTOP)  # so that it has not answered before
-        refused(path, parser, "crash", r"libhdf5 crashed on it \(SIGKILL\)")
+        refused(path, parser, "killed", KILLED % "SIGKILL")
     equal(contents(path, parser), {"layers/dense/vars/0": DATA})
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGRTMIN + 3, "signal 37")])
+def test_a_parser_ended_from_outside_is_told_from_a_crash(number, name, tmp_path, parser):
+    with pytest.raises(CheckpointError, match=KILLED % name) as caught:
+        ask(parser, "end", hdf5_file(tmp_path / "a.weights.h5"), signal=number)
+    assert caught.value.code == "killed"
+
+
+@pytest.mark.parametrize(
+    ("program", "seconds", "reason"),
+    [
+        ("import sys; print('noise ' * 50_000, file=sys.stderr); import no_h5py", 60,
+         "ended with status 1 before it was ready to read .*: ModuleNotFoundError: No module named 'no_h5py'"),
+        ("import os; os.kill(os.getpid(), 9)", 60, r"was killed \(SIGKILL\) before it was ready to read .*h5\.$"),
+        ("import time; time.sleep(60)", 0.1, r"was not ready to read .* in 0\.1 s"),
+    ],
+    ids=["an import that fails", "killed", "slow"],
+)  # fmt: skip
+def test_a_parser_that_does_not_start_is_not_blamed_on_the_file(program, seconds, reason, tmp_path, monkeypatch):
+    path = hdf5_file(tmp_path / "a.weights.h5")
+    (tmp_path / "hdf5_child.py").write_text(program)
+    monkeypatch.setattr(hdf5, "__file__", str(tmp_path / "hdf5.py"))
+    monkeypatch.setattr(hdf5, "_START_SECONDS", seconds)
+    with Parser() as parser, pytest.raises(ChildProcessError, match=f"^the process that parses HDF5 {reason}"):
+        open_checkpoint(path, parser)
+
+
+def test_a_parser_for_which_there_is_no_program_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    path = hdf5_file(tmp_path / "a.weights.h5")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with Parser() as parser:
+        for _ in range(2):
+            with pytest.raises(ChildProcessError, match=r"HDF5 cannot be started: .*No such file"):
+                open_checkpoint(path, parser)
+
+
+def test_a_parser_that_says_much_on_standard_error_is_not_stopped_by_it(tmp_path, parser):
+    assert ask(parser, "chatter", hdf5_file(tmp_path / "a.weights.h5")) == {}
 
 
 def test_a_parser_killed_between_two_files_costs_neither(tmp_path, parser):
@@ -739,8 +790,9 @@ def test_a_parser_that_hangs_ends_itself_when_its_parent_is_gone(tmp_path, parse
     ask(parser, "limit", path, GRACE_SECONDS=0.1)
     receive = parser._receive
     monkeypatch.setattr(parser, "_receive", lambda count, deadline: receive(count, deadline + 60))
-    with pytest.raises(CheckpointError, match=r"crashed on it \(SIGALRM\)"):
+    with pytest.raises(CheckpointError, match=r"libhdf5 did not read it in 0\.1 s") as caught:
         ask(parser, "hang", path, seconds=0.1)
+    assert caught.value.code == "too-slow"
 
 
 @pytest.mark.parametrize("sent", [8, 3, 20], ids=["the header", "half of it", "half of the request"])

@@ -21,12 +21,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from streaming_polyak.errors import CheckpointError
-from streaming_polyak.files.descriptors import moved
+from streaming_polyak.files.descriptors import moved, temporary_file
 from streaming_polyak.files.tensors import (
     Source,
     Tensor,
@@ -41,6 +41,8 @@ TABLE_SECONDS = 10.0
 _START_SECONDS = 60.0
 _EXIT_SECONDS = 5.0
 _MAX_ANSWER_BYTES = 64 << 20
+_LAST_BYTES = 4096  # of what the process said before it died
+_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _UNDEFINED = 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -65,6 +67,7 @@ class Parser:
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._socket: socket.socket | None = None
+        self._errors: IO[bytes] | None = None  # a file: a pipe that nobody reads would fill up
 
     def __enter__(self) -> Parser:
         return self
@@ -86,17 +89,22 @@ class Parser:
             "HDF5_PLUGIN_PRELOAD": "::",  # no plugins
             "OPENBLAS_NUM_THREADS": "1",
         }
-        with theirs:
-            self._process = subprocess.Popen(
-                # -I: nothing of the environment or of our folder; -S: looking for packages takes a tenth of the time.
-                [sys.executable, "-IS", Path(__file__).with_name("hdf5_child.py"), str(theirs.fileno()), *_packages()],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=environment,
-            )
-        self._socket = ours
+        self._socket, self._errors = ours, temporary_file()
+        program = Path(__file__).with_name("hdf5_child.py")
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    # -I: nothing of the environment or of our folder; -S: looking for packages takes time.
+                    [sys.executable, "-IS", program, str(theirs.fileno()), *_packages()],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._errors,
+                    env=environment,
+                )
+        except OSError as error:
+            self.close()
+            raise ChildProcessError(f"the process that parses HDF5 cannot be started: {error}") from error
 
     def close(self) -> None:
         """Ends the process."""
@@ -105,9 +113,9 @@ class Parser:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            assert self._process.stderr is not None
-            self._process.stderr.close()
-        self._process = self._socket = None
+        if self._errors is not None:
+            self._errors.close()
+        self._process = self._socket = self._errors = None
         self._ready = False
 
     def ask(self, path: Path, do: str, fds: list[int], seconds: float | None = None, **request: Any) -> dict[str, Any]:
@@ -121,7 +129,8 @@ class Parser:
             **request: the rest of the request.
 
         Raises:
-            CheckpointError: the file was refused, or the process died of it or took too long.
+            CheckpointError: the file was refused, or the process died of it or took too long, or was killed.
+            ChildProcessError: the process did not start, for which no file is to blame.
         """
         self.start()
         assert self._socket is not None
@@ -131,7 +140,7 @@ class Parser:
             self._socket.settimeout(_START_SECONDS)
             socket.send_fds(self._socket, [struct.pack("<Q", len(data))], fds)
             self._socket.sendall(data)
-            if not self._ready:  # the file is not to blame for a slow start
+            if not self._ready:
                 self._receive(1, time.monotonic() + _START_SECONDS)
                 self._ready = True
             deadline = time.monotonic() + limit
@@ -140,12 +149,16 @@ class Parser:
                 raise ValueError(f"an answer of {length} bytes")
             answer: dict[str, Any] = json.loads(self._receive(length, deadline))
         except TimeoutError:
+            ready = self._ready
             self.close()
-            raise CheckpointError(
-                "too-slow", path, f"libhdf5 did not read it in {limit:g} s; it may be damaged."
-            ) from None
+            if not ready:
+                raise ChildProcessError(
+                    f"the process that parses HDF5 was not ready to read {path} in {_START_SECONDS:g} s; "
+                    "the machine may be overloaded."
+                ) from None
+            raise _too_slow(path, limit) from None
         except ConnectionError:
-            raise self._died(path) from None
+            raise self._died(path, limit) from None
         except ValueError as error:
             self.close()
             raise CheckpointError("crash", path, f"what libhdf5 made of it is nonsense: {error}.") from None
@@ -171,21 +184,41 @@ class Parser:
             count -= len(part)
         return b"".join(parts)
 
-    def _died(self, path: Path) -> CheckpointError:
+    def _died(self, path: Path, limit: float) -> Exception:
+        """Returns the error that says of what the process died; what ends it from outside is not the file's fault."""
         assert self._process is not None
+        assert self._errors is not None
         try:
-            _, output = self._process.communicate(timeout=_EXIT_SECONDS)
+            status = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            _, output = self._process.communicate()
-        status = self._process.returncode
-        self.close()
-        if status < 0:
-            return CheckpointError(
-                "crash", path, f"libhdf5 crashed on it ({signal.Signals(-status).name}) in the process that parses it."
-            )
+            self.close()
+            return CheckpointError("crash", path, "the process that parses it hung up, but did not end.")
+        errors = self._errors.fileno()
+        output = os.pread(errors, _LAST_BYTES, max(0, os.fstat(errors).st_size - _LAST_BYTES))
         last = output.decode(errors="replace").strip().rpartition("\n")[2]
-        return CheckpointError("crash", path, f"the process that parses HDF5 ended with status {status}: {last}")
+        name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
+        ready = self._ready
+        self.close()
+        if not ready:
+            how = f"was killed ({name})" if status < 0 else f"ended with status {status}"
+            said = f": {last}" if last else "."
+            return ChildProcessError(f"the process that parses HDF5 {how} before it was ready to read {path}{said}")
+        if status >= 0:
+            return CheckpointError("crash", path, f"the process that parses HDF5 ended with status {status}: {last}")
+        if -status == signal.SIGALRM:  # its own timer
+            return _too_slow(path, limit)
+        if -status in _CRASHES:
+            return CheckpointError("crash", path, f"libhdf5 crashed on it ({name}) in the process that parses it.")
+        return CheckpointError(
+            "killed",
+            path,
+            f"the process that parses it was killed ({name}), perhaps by the system for want of memory; that is not "
+            "necessarily the file's fault. Run it again.",
+        )
+
+
+def _too_slow(path: Path, seconds: float) -> CheckpointError:
+    return CheckpointError("too-slow", path, f"libhdf5 did not read it in {seconds:g} s; it may be damaged.")
 
 
 def _packages() -> list[str]:
