@@ -1351,6 +1351,37 @@ def test_hostile_npy_is_refused(kind, tmp_path, parser, unread):
     refused(path, parser, code, reason, "layer/x")
 
 
+@pytest.fixture
+def unpacked(monkeypatch):
+    """How many bytes were inflated into temporary files."""
+    sizes, write = [], tensors.UnpackedSource.write
+
+    def recorded(self, data):
+        sizes.append(len(data))
+        write(self, data)
+
+    monkeypatch.setattr(tensors.UnpackedSource, "write", recorded)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "reason"),
+    [
+        (lambda weights: bytes(16 << 20), "hdf5", "it is not an HDF5 file"),
+        (lambda weights: weights + bytes(16 << 20), "trailing", "but says that it ends at byte"),
+        (lambda weights: bytes(2 << 20) + weights + bytes(2 << 20), "hdf5", "it is not an HDF5 file"),
+    ],
+    ids=["zeros", "more than it declares", "far behind the beginning"],
+)
+def test_deflated_weights_that_are_none_are_refused_before_all_is_inflated(
+    make, code, reason, tmp_path, parser, weights, unpacked
+):
+    path = tmp_path / "a.keras"
+    path.write_bytes(keras(make(weights), method=8))
+    refused(path, parser, code, reason)
+    assert sum(unpacked) <= 1 << 20
+
+
 def test_names_of_npy_files_that_look_the_same_are_refused(tmp_path, parser, unread):
     path = tmp_path / "bad.npz"
     path.write_bytes(zipped(*(Entry(f"{name}.npy".encode(), flags=0x800) for name in ("\u00e9", "e\u0301"))))
@@ -1699,7 +1730,7 @@ def test_a_file_cut_off_at_any_byte_is_refused(suffix, small, parser):
 
 
 def test_an_hdf5_file_cut_off_is_refused_by_libhdf5_too(small, parser, monkeypatch):
-    monkeypatch.setattr(hdf5, "_check_superblock", lambda part: 0)
+    monkeypatch.setattr(hdf5, "check_superblock", lambda part: 0)
     path = small(".weights.h5")
     for size in reversed(range(0, path.stat().st_size, 61)):
         os.truncate(path, size)
@@ -1765,14 +1796,14 @@ def test_a_file_changed_after_its_table_was_made_is_an_error(suffix, change, sma
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
 def test_an_hdf5_file_truncated_while_it_is_parsed_is_an_error(suffix, small, parser, monkeypatch):
-    path, check = small(suffix), hdf5._check_superblock
+    path, check = small(suffix), hdf5.check_superblock
 
     def then_truncate(part):
         begin = check(part)
         os.truncate(path, 800)
         return begin
 
-    monkeypatch.setattr(hdf5, "_check_superblock", then_truncate)
+    monkeypatch.setattr(hdf5, "check_superblock", then_truncate)
     refused(path, parser, "hdf5", "libhdf5 cannot read it")
 
 

@@ -190,7 +190,12 @@ def read_directory(source: Source, allowed: Callable[[str], bool]) -> dict[str, 
     return {member.name: member for member in members}
 
 
-def in_place(source: Source, member: Member, into: UnpackedSource | None = None) -> tuple[Source, int, bool]:
+def in_place(
+    source: Source,
+    member: Member,
+    into: UnpackedSource | None = None,
+    check: Callable[[UnpackedSource], object] | None = None,
+) -> tuple[Source, int, bool]:
     """Returns (source, offset, whether that is in the archive itself) of a member's data, inflated if need be.
 
     Args:
@@ -198,6 +203,7 @@ def in_place(source: Source, member: Member, into: UnpackedSource | None = None)
         member: of it.
         into: what it is appended to if it must be inflated; `None` for a temporary file of its own, which the caller
             closes.
+        check: is given what it is inflated into when the first block is there, to refuse it before the rest is.
 
     Raises:
         CheckpointError: it does not inflate to the size and the CRC-32 that the directory gives.
@@ -210,6 +216,9 @@ def in_place(source: Source, member: Member, into: UnpackedSource | None = None)
         for out in _inflate(source, member):
             crc = zlib_ng.crc32(out, crc)
             unpacked.write(out)
+            if check is not None:
+                check(unpacked)
+                check = None
             if unpacked.size - start > member.size:
                 break
         if unpacked.size - start != member.size or crc != member.crc32:

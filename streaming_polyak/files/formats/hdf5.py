@@ -255,7 +255,7 @@ def read_part(
 
     What has to be unpacked goes to a temporary file, which is appended to `sources`.
     """
-    begin = _check_superblock(part)
+    begin = check_superblock(part)
     path = part.source.path
     where = {"offset": part.start, "size": part.size}
     fd = part.source.duplicate()
@@ -304,8 +304,10 @@ def _unpack(
     return begin
 
 
-def _check_superblock(part: Hdf5Part) -> int:
+def check_superblock(part: Hdf5Part) -> int:
     """Checks what libhdf5 leaves unchecked; returns the byte behind the superblock.
+
+    It is enough if the source has the beginning of the part only, because the rest is still being inflated.
 
     Source: HDF5 File Format Specification 3.0, section II.A.
     """
@@ -313,12 +315,12 @@ def _check_superblock(part: Hdf5Part) -> int:
     def refuse(code: str, reason: str) -> CheckpointError:
         return CheckpointError(code, part.source.path, reason)
 
-    base = 0
-    while part.source.read(part.start + base, min(8, max(0, part.size - base))) != SIGNATURE:
+    base, there = 0, min(part.size, part.source.size - part.start)
+    while part.source.read(part.start + base, min(8, max(0, there - base))) != SIGNATURE:
         base = 2 * base or 512
-        if base + 8 > part.size:
+        if base + 8 > there:
             raise refuse("hdf5", "it is not an HDF5 file, or its beginning is damaged.")
-    block = part.source.read(part.start + base, min(96, part.size - base)).ljust(96, b"\0")
+    block = part.source.read(part.start + base, min(96, there - base)).ljust(96, b"\0")
     version = block[8]
     if version in (0, 1, 2, 3):
         sizes = block[13:15] if version < 2 else block[9:11]

@@ -12,7 +12,7 @@ from typing import Any
 
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.formats.archive import STORED, Member, checksum, in_place, read_directory
-from streaming_polyak.files.formats.hdf5 import Hdf5Part, Parser, read_part
+from streaming_polyak.files.formats.hdf5 import Hdf5Part, Parser, check_superblock, read_part
 from streaming_polyak.files.tensors import PROVENANCE, Source, TensorTable, closed_on_error, read_provenance
 
 WEIGHTS = "model.weights.h5"
@@ -36,7 +36,9 @@ def open_keras(source: Source, parser: Parser) -> TensorTable:
     if WEIGHTS not in members or "config.json" not in members:
         raise CheckpointError("keras", source.path, f"it has no {WEIGHTS} or no config.json in it.")
     weights = members[WEIGHTS]
-    inside, start, mapped = in_place(source, weights)
+    inside, start, mapped = in_place(
+        source, weights, check=lambda beginning: check_superblock(Hdf5Part(beginning, 0, weights.size))
+    )
     sources = [source] if mapped else [source, inside]
     number = len(sources) - 1
     with closed_on_error(sources):
