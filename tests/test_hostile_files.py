@@ -11,11 +11,13 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import types
 import zipfile
 import zlib
@@ -1380,6 +1382,58 @@ def test_deflated_weights_that_are_none_are_refused_before_all_is_inflated(
     path.write_bytes(keras(make(weights), method=8))
     refused(path, parser, code, reason)
     assert sum(unpacked) <= 1 << 20
+
+
+def chunked(file):
+    file.create_dataset("x", data=WIDE, chunks=(50, 100))
+    file.create_dataset("y", data=WIDE, chunks=(50, 100), compression="gzip")
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "needed"),
+    [
+        ("a.npz", lambda path, weights: np.savez_compressed(path, x=WIDE, y=WIDE), 2 * (128 + WIDE.nbytes)),
+        ("a.npz", lambda path, weights: np.savez(path, x=np.asfortranarray(WIDE)), WIDE.nbytes),
+        ("a.weights.h5", lambda path, weights: hdf5_file(path, chunked), 2 * WIDE.nbytes),
+        ("a.keras", lambda path, weights: path.write_bytes(keras(weights, method=8)), None),
+        ("a.keras", lambda path, _: path.write_bytes(keras(hdf5_file(path, chunked).read_bytes())), 2 * WIDE.nbytes),
+    ],
+    ids=["deflated npz", "Fortran order", "chunks", "deflated keras", "chunks in keras"],
+)
+def test_what_has_to_be_unpacked_is_refused_where_there_is_no_room(
+    name, make, needed, tmp_path, parser, weights, unpacked, monkeypatch
+):
+    path, folder, ask, asked = tmp_path / name, tmp_path / "temporary", parser.ask, []
+    needed = needed or len(weights)
+    make(path, weights)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+    def free(count):
+        monkeypatch.setattr(shutil, "disk_usage", lambda at: types.SimpleNamespace(free=count * (at == str(folder))))
+
+    def recorded(path, do, *more, **request):
+        asked.append(do)
+        return ask(path, do, *more, **request)
+
+    monkeypatch.setattr(parser, "ask", recorded)
+    free(needed)
+    with pytest.raises(OSError, match=f"takes {needed} bytes in .*, where {needed} are free; set TMPDIR to") as caught:
+        open_checkpoint(path, parser)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    assert str(folder) in str(caught.value)
+    assert not unpacked
+    assert "unpack" not in asked
+    free(2 * needed)
+    with open_checkpoint(path, parser) as table:
+        assert len(table.sources) == 2
+
+
+def test_what_is_read_in_place_needs_no_room(tmp_path, parser, weights, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=0))
+    for name, data in (("a.npz", GOOD), ("a.keras", keras(weights)), ("a.weights.h5", weights)):
+        (tmp_path / name).write_bytes(data)
+        contents(tmp_path / name, parser)
 
 
 def test_names_of_npy_files_that_look_the_same_are_refused(tmp_path, parser, unread):

@@ -10,11 +10,14 @@ wrote to the file meanwhile.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
 import os
+import shutil
 import stat
+import tempfile
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -37,6 +40,7 @@ MAX_TENSORS = 100_000
 _MAX_NAME_BYTES = 1024
 _MAX_BYTES = 2**63 - 1  # what a file offset holds
 _MAX_HOLLOW = 8  # a slot of an optimizer has up to eight bytes where its weight has one
+_MOST_OF_FREE = 0.9  # of a disk, what may be filled with what is unpacked
 _TICK_NS = 10_000_000  # file times may be as coarse as this
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -416,6 +420,24 @@ def last_unpacked(sources: list[Source], origin: Source) -> UnpackedSource:
         last = UnpackedSource(origin)
         sources.append(last)
     return last
+
+
+def check_room(path: Path, nbytes: int) -> None:
+    """Checks that the folder for temporary files has room for `nbytes` that are unpacked from a file.
+
+    Raises:
+        OSError: it has not. The file is not to blame, so that is no CheckpointError.
+    """
+    if not nbytes:  # where nothing is unpacked, such a folder need not exist
+        return
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if nbytes > _MOST_OF_FREE * free:
+        raise OSError(
+            errno.ENOSPC,
+            f"unpacking it takes {nbytes} bytes in {folder}, where {free} are free; set TMPDIR to a folder with room",
+            str(path),
+        )
 
 
 @contextlib.contextmanager

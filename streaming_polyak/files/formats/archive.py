@@ -20,7 +20,7 @@ from typing import NoReturn
 from zlib_ng import zlib_ng
 
 from streaming_polyak.errors import CheckpointError
-from streaming_polyak.files.tensors import MAX_TENSORS, Checksum, Source, UnpackedSource
+from streaming_polyak.files.tensors import MAX_TENSORS, Checksum, Source, UnpackedSource, check_room
 
 MAGIC = b"PK\x03\x04"
 _LOCATOR = b"PK\x06\x07"
@@ -207,9 +207,11 @@ def in_place(
 
     Raises:
         CheckpointError: it does not inflate to the size and the CRC-32 that the directory gives.
+        OSError: there is no room for it.
     """
     if member.method == STORED:
         return source, member.start, True
+    check_room(source.path, member.size)
     unpacked = into or UnpackedSource(source)
     start, crc = unpacked.size, 0
     try:

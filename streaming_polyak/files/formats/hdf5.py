@@ -31,6 +31,7 @@ from streaming_polyak.files.tensors import (
     Source,
     Tensor,
     TensorTable,
+    check_room,
     closed_on_error,
     last_unpacked,
     read_provenance,
@@ -261,6 +262,7 @@ def read_part(
     fd = part.source.duplicate()
     try:
         answer = parser.ask(path, "table", [fd], **where)
+        check_room(path, sum(nbytes for *_, offset, nbytes in answer["tensors"] if offset == -1))
         tensors: dict[str, Tensor] = {}
         for name, dtype, big, shape, offset, nbytes in answer["tensors"]:
             common = {"name": name, "dtype": dtype, "shape": tuple(shape), "nbytes": nbytes, "big_endian": big}

@@ -23,6 +23,7 @@ from streaming_polyak.files.tensors import (
     Tensor,
     TensorTable,
     UnpackedSource,
+    check_room,
     closed_on_error,
     is_possible,
     last_unpacked,
@@ -43,6 +44,7 @@ def open_npz(source: Source) -> TensorTable:
     sources: list[Source] = [source]  # and at most one more, for all that has to be unpacked
     tensors = {}
     with closed_on_error(sources):
+        check_room(source.path, sum(member.size for member in members.values() if member.method != STORED))
         for member in members.values():
             into = None if member.method == STORED else last_unpacked(sources, source)
             inside, start, mapped = in_place(source, member, into)
@@ -107,6 +109,7 @@ def _row_major(inside: Source, tensor: Tensor, unpacked: UnpackedSource) -> int:
     start, dtype = unpacked.size, tensor.stored_dtype
     assert unpacked.unpacked is not None
     assert tensor.offset is not None
+    check_room(unpacked.path, tensor.nbytes)
     os.posix_fallocate(unpacked.unpacked.fileno(), start, tensor.nbytes)  # a full disk: an error here, no SIGBUS below
     unpacked.size += tensor.nbytes
     target = np.memmap(unpacked.unpacked, dtype, "r+", start, tensor.shape).T.flat
