@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,7 +32,7 @@ from h5py import h5d, h5p, h5s, h5t
 
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files import tensors
-from streaming_polyak.files.formats import hdf5, hdf5_child, open_checkpoint
+from streaming_polyak.files.formats import hdf5, hdf5_child, npz, open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.tensors import Source
 
@@ -1427,6 +1428,28 @@ def test_what_has_to_be_unpacked_is_refused_where_there_is_no_room(
     free(2 * needed)
     with open_checkpoint(path, parser) as table:
         assert len(table.sources) == 2
+
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["deflated npz", "Fortran order", "chunks"])
+def test_a_disk_that_fills_up_while_it_is_unpacked_is_told_with_what_helps(kind, tmp_path, parser, monkeypatch):
+    path = tmp_path / ("a.weights.h5" if kind == "chunks" else "a.npz")
+    if kind == "deflated npz":
+        np.savez_compressed(path, x=WIDE)
+        monkeypatch.setattr(tensors, "os", types.SimpleNamespace(**vars(os) | {"pwrite": full}))
+    elif kind == "Fortran order":
+        np.savez(path, x=np.asfortranarray(WIDE))
+        monkeypatch.setattr(npz, "os", types.SimpleNamespace(**vars(os) | {"posix_fallocate": full}))
+    else:
+        hdf5_file(path, chunked)
+        monkeypatch.setattr(tensors.UnpackedSource, "duplicate", lambda self: os.open("/dev/full", os.O_RDWR))
+    said = f"No space left on device in {tempfile.gettempdir()}, into which it is unpacked; set TMPDIR to a folder with"
+    with pytest.raises(OSError, match=re.escape(said)) as caught:
+        open_checkpoint(path, parser)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
 
 
 def test_what_is_read_in_place_needs_no_room(tmp_path, parser, weights, monkeypatch):

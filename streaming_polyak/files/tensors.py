@@ -195,9 +195,10 @@ class UnpackedSource(Source):
         """Appends data."""
         assert self.unpacked is not None
         view = memoryview(data)
-        while view:
-            count = os.pwrite(self.unpacked.fileno(), view, self.size)
-            view, self.size = view[count:], self.size + count
+        with unpacking(self.path):
+            while view:
+                count = os.pwrite(self.unpacked.fileno(), view, self.size)
+                view, self.size = view[count:], self.size + count
 
     def keep_open(self) -> None:
         """Does nothing: a file without a name is open as long as it exists."""
@@ -438,6 +439,22 @@ def check_room(path: Path, nbytes: int) -> None:
             f"unpacking it takes {nbytes} bytes in {folder}, where {free} are free; set TMPDIR to a folder with room",
             str(path),
         )
+
+
+@contextlib.contextmanager
+def unpacking(path: Path) -> Iterator[None]:
+    """Has errors of a full disk say which file was being unpacked, where to, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno)} in {tempfile.gettempdir()}, into which it is unpacked; set TMPDIR to a folder "
+            "with room",
+            str(path),
+        ) from error
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from streaming_polyak.files.tensors import (
     closed_on_error,
     last_unpacked,
     read_provenance,
+    unpacking,
 )
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -297,7 +298,8 @@ def _unpack(
     try:
         os.lseek(target, begin, os.SEEK_SET)
         seconds = parser.seconds + tensor["nbytes"] / 2e6  # 2 MB/s is slow even for deflate on a slow disk
-        parser.ask(path, "unpack", [fd, target], seconds, name=tensor["name"], **where)
+        with unpacking(path):
+            parser.ask(path, "unpack", [fd, target], seconds, name=tensor["name"], **where)
         to.size = os.fstat(target).st_size
     finally:
         os.close(target)

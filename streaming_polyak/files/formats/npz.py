@@ -27,6 +27,7 @@ from streaming_polyak.files.tensors import (
     closed_on_error,
     is_possible,
     last_unpacked,
+    unpacking,
 )
 
 MAGIC = b"\x93NUMPY"
@@ -110,7 +111,8 @@ def _row_major(inside: Source, tensor: Tensor, unpacked: UnpackedSource) -> int:
     assert unpacked.unpacked is not None
     assert tensor.offset is not None
     check_room(unpacked.path, tensor.nbytes)
-    os.posix_fallocate(unpacked.unpacked.fileno(), start, tensor.nbytes)  # a full disk: an error here, no SIGBUS below
+    with unpacking(unpacked.path):  # a full disk: an error here, no SIGBUS below
+        os.posix_fallocate(unpacked.unpacked.fileno(), start, tensor.nbytes)
     unpacked.size += tensor.nbytes
     target = np.memmap(unpacked.unpacked, dtype, "r+", start, tensor.shape).T.flat
     step = _BLOCK_BYTES // dtype.itemsize
