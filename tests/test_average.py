@@ -35,7 +35,7 @@ from reference import FLOAT_FORMATS, rational_average, ulps
 from streaming_polyak import LINEAR, MEAN, Exponential, Polynomial, __version__
 from streaming_polyak.errors import CheckpointError, NonFiniteError
 from streaming_polyak.files import average as average_module
-from streaming_polyak.files import average_pass, inspection, tensors, verify
+from streaming_polyak.files import average_pass, checkpoint_set, inspection, tensors, verify
 from streaming_polyak.files.average import average_checkpoints
 from streaming_polyak.files.checkpoint_set import CheckpointSet
 from streaming_polyak.files.disk import NewFile
@@ -1249,6 +1249,29 @@ def test_more_files_than_may_be_open_at_once_are_opened_anew_for_each_read(tmp_p
 
     assert in_a_child(work) is None
     assert (tmp_path / "out.npz").read_bytes() == (tmp_path / "wanted.npz").read_bytes()
+
+
+def test_inputs_to_unpack_may_be_as_many_as_files_may_be_open(tmp_path, monkeypatch):
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    plain, packed = [], []
+    for k in range(14):
+        (packed if k % 2 else plain).append(tmp_path / f"{k}.npz")
+        (np.savez_compressed if k % 2 else np.savez)(tmp_path / f"{k}.npz", **small(k))
+    average_checkpoints([*plain, *packed[:6]], tmp_path / "wanted.npz")
+    monkeypatch.setattr(checkpoint_set, "_free_descriptors", lambda: 6)
+    before = len(os.listdir("/proc/self/fd"))
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 6 + 14, hard))
+        average_checkpoints([*plain, *packed[:6]], tmp_path / "out.npz")
+
+    assert in_a_child(work) is None
+    assert (tmp_path / "out.npz").read_bytes() == (tmp_path / "wanted.npz").read_bytes()
+    said = r"it has to be unpacked, and so had 6 before it: more do not fit, .*allow more open files \(ulimit -n\)"
+    with pytest.raises(OSError, match=said) as caught:
+        average_checkpoints([*plain, *packed], tmp_path / "more.npz")
+    assert (caught.value.errno, caught.value.filename) == (errno.EMFILE, str(packed[6]))
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 MEMORY = """

@@ -6,7 +6,9 @@ eleven bytes a tensor, and up to twenty-two where the format keeps a checksum of
 
 from __future__ import annotations
 
+import errno
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -55,6 +57,7 @@ class CheckpointSet:
 
     Raises:
         CheckpointError: one cannot be read, is there twice, or is not of the same model as the newest.
+        OSError: so many have to be unpacked that the limit on open files is too low; or any error of the disk.
     """
 
     def __init__(self, paths: list[Path], parser: Parser, stack: ExitStack) -> None:
@@ -83,7 +86,8 @@ class CheckpointSet:
         self.sizes: list[int] = []
         self.are_averages: list[bool] = []
         seen: dict[tuple[int, int], Path] = {}
-        free = _free_descriptors()
+        room, unpacked = _free_descriptors(), 0
+        kept: list[Source] = []  # with a descriptor, which they can do without: they are opened anew for each read then
         for i, path in enumerate(paths):
             table = self.newest if i == len(paths) - 1 else open_checkpoint(path, parser)
             stack.callback(table.close)
@@ -120,9 +124,20 @@ class CheckpointSet:
                 table.layout = table.provenance = None
             self.tables.append(table)
             for source in table.sources:
-                free -= 1
-                if free < 0 and not isinstance(source, UnpackedSource):
-                    source.close()  # it is opened anew for each read
+                if not isinstance(source, UnpackedSource):
+                    kept.append(source)
+                elif 0 < room <= unpacked:
+                    raise OSError(
+                        errno.EMFILE,
+                        f"it has to be unpacked, and so had {unpacked} before it: more do not fit, as each takes a "
+                        f"file in {tempfile.gettempdir()} that stays open; allow more open files (ulimit -n), or save "
+                        "the inputs uncompressed",
+                        str(path),
+                    )
+                else:
+                    unpacked += 1
+            while kept and len(kept) + unpacked > room:
+                kept.pop().close()
 
     @property
     def kept_bytes(self) -> int:
