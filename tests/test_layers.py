@@ -16,6 +16,7 @@ MODULES = {
 # The first prefix that fits gives the rank; a module imports from lower ranks, or from its own folder.
 RANKS = {
     "streaming_polyak.errors": 0,
+    "streaming_polyak.files.descriptors": 0,
     "streaming_polyak.weighting": 1,
     "streaming_polyak.schedule": 1,
     "streaming_polyak.files.disk": 1,
