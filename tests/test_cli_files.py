@@ -254,6 +254,7 @@ def test_an_error_of_the_module_is_told_with_the_lines_that_led_to_it(members, t
     assert "importlib" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["json.py", "random.py", "click.py", "a-b.py", "my.score.py"])
 def test_a_path_is_that_file_whatever_it_is_called(members, tmp_path, name):
     (tmp_path / "lib").mkdir()

@@ -870,6 +870,7 @@ average_checkpoints([Path(name) for name in sys.argv[2:]], Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-", "2>&-"])
 def test_a_program_with_closed_standard_streams_averages_all_the_same(closed, tmp_path, parser):
     paths = [tmp_path / f"{number}.weights.h5" for number in range(2)]
