@@ -269,6 +269,21 @@ def group_cycle_to_the_root(file, other):
     file["layers/root"] = file["/"]
 
 
+@hdf5_kind("hard-link", "the same object has two names", "layers/root", userblock_size=1024)
+def group_cycle_to_the_root_behind_a_user_block(file, other):
+    file["layers/root"] = file["/"]
+
+
+@hdf5_kind("hard-link", "the same object has two names", "layers/root", libver="latest", userblock_size=512)
+def group_cycle_to_the_root_behind_a_user_block_latest(file, other):
+    file["layers/root"] = file["/"]
+
+
+@hdf5_kind("hard-link", "the same object has two names", "layers/dense/vars/0", libver="latest", track_order=True)
+def hard_link_twice_in_the_latest_version(file, other):
+    file["x"] = file["layers/dense/vars/0"]
+
+
 @hdf5_kind("depth", "groups are nested more than 64 deep", ("g/" * 65)[:100])
 def deep_nesting(file, other):
     group = file

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5g, h5o, h5p, h5pl, h5s, h5t, h5z
+from h5py import h5a, h5d, h5g, h5l, h5o, h5p, h5pl, h5s, h5t, h5z
 from numpy.typing import NDArray
 
 MAX_DEPTH = 64
@@ -178,11 +178,10 @@ def skeleton(fd: int, offset: int, size: int, to: int, at: int, drop: list[str],
     window = Window(to, at, 0)
     with h5py.File(Window(fd, offset, size), "r") as old, h5py.File(window, "w") as new:
         _copy_attributes(old, new)
-        for name, kind in _walk(old):
+        for name, source in _walk(old):
             if name.split("/")[0] in drop:
                 continue
-            source = h5o.open(old.id, name.encode())
-            if kind == h5o.TYPE_GROUP:
+            if isinstance(source, h5g.GroupID):
                 _copy_attributes(h5py.Group(source), new.create_group(name))
                 continue
             properties = h5p.create(h5p.DATASET_CREATE)
@@ -238,13 +237,13 @@ def _little_endian(kind: Any) -> Any:
 
 
 def _datasets(file: h5py.File) -> Iterator[tuple[str, Any]]:
-    for name, kind in _walk(file):
-        if kind == h5o.TYPE_DATASET:
-            yield name, h5o.open(file.id, name.encode())
+    for name, found in _walk(file):
+        if isinstance(found, h5d.DatasetID):
+            yield name, found
 
 
-def _walk(file: h5py.File) -> Iterator[tuple[str, int]]:
-    """Yields (name, type) of all objects, groups before what is in them; follows nothing but hard links, once each."""
+def _walk(file: h5py.File) -> Iterator[tuple[str, Any]]:
+    """Yields (name, group or dataset) of all, groups before what is in them; follows only hard links, once each."""
     seen = {h5o.get_info(file.id).addr}
     stack = [""]
     while stack:
@@ -252,7 +251,7 @@ def _walk(file: h5py.File) -> Iterator[tuple[str, int]]:
         group = h5g.open(file.id, path.encode() or b"/")  # not kept open while others are walked: they take memory
         if path.count("/") >= MAX_DEPTH:
             raise Refused("depth", f"groups are nested more than {MAX_DEPTH} deep.", path[:100])
-        below = []
+        links, below = group.links, []
         for raw in group:
             try:
                 name = f"{path}/{raw.decode('utf-8')}".removeprefix("/")
@@ -261,22 +260,22 @@ def _walk(file: h5py.File) -> Iterator[tuple[str, int]]:
             if b"/" in raw:  # libhdf5 would take it for a path, whose links were not looked at
                 raise Refused("name", "its name has a slash in it.", name)
             with _naming(name):
-                link = group.links.get_info(raw).type
-            if link != h5py.h5l.TYPE_HARD:
-                kind = {h5py.h5l.TYPE_SOFT: "soft-link", h5py.h5l.TYPE_EXTERNAL: "external-link"}.get(link, "link")
-                raise Refused(kind, f"it is a link ({kind}); only data in the file itself are read.", name)
-            with _naming(name):
-                info = h5o.get_info(h5o.open(group, raw))
-            if info.addr in seen:
+                link = links.get_info(raw)
+                if link.type != h5l.TYPE_HARD:
+                    kind = {h5l.TYPE_SOFT: "soft-link", h5l.TYPE_EXTERNAL: "external-link"}.get(link.type, "link")
+                    raise Refused(kind, f"it is a link ({kind}); only data in the file itself are read.", name)
+                found = h5o.open(group, raw)
+                address = h5o.get_info(found).addr  # which the link has too, but here libhdf5 looks at all of a group
+            if address in seen:
                 raise Refused("hard-link", "the same object has two names.", name)
-            seen.add(info.addr)
+            seen.add(address)
             if len(seen) > MAX_OBJECTS:
                 raise Refused("too-many", f"the file has more than {MAX_OBJECTS} groups and datasets.")
-            if info.type not in (h5o.TYPE_GROUP, h5o.TYPE_DATASET):
-                raise Refused("object", "it is neither a group nor a dataset.", name)
-            yield name, info.type
-            if info.type == h5o.TYPE_GROUP:
+            if isinstance(found, h5g.GroupID):
                 below.append(name)
+            elif not isinstance(found, h5d.DatasetID):
+                raise Refused("object", "it is neither a group nor a dataset.", name)
+            yield name, found
         stack += reversed(below)
 
 
