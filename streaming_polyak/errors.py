@@ -13,6 +13,10 @@ class SwapError(StreamingPolyakError, RuntimeError):
     """An average stands in the model, and what was asked for needs the raw weights in it."""
 
 
+class RunLockedError(StreamingPolyakError, RuntimeError):
+    """Another process is training in the same run folder."""
+
+
 class CheckpointError(StreamingPolyakError, ValueError):
     """A checkpoint file is refused: damaged, hostile, of an unknown format, or not of the same model as the others.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import filecmp
 import glob
 import os
@@ -21,6 +22,7 @@ from streaming_polyak.files.disk import Disk
 
 TEMPORARY = ".writing-"
 REPLACED = "replaced"
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # what file systems without hard links say
 
 
 class Storage:
@@ -44,25 +46,29 @@ class Storage:
 
         Raises:
             FileExistsError: `path` exists and `overwrite` is false; also if it appeared meanwhile.
-            OSError: the disk refused; it names `path`, which is as it was.
+            OSError: the disk refused; it names `path`, which is as it was (but for a file that replaced another when
+                the folder could not be synced).
         """
         if not overwrite and path.exists():
             raise _in_the_way(path)
         temporary = _temporary(path)
         try:
-            self._make_folders(path.parent)
+            self.make_folders(path.parent)
             write(temporary)
             self._sync_tree(temporary)
-            if overwrite:
-                self._disk.rename(temporary, path)
-            else:
-                self._rename_without_replacing(temporary, path)
+            with ExitStack() as undo:
+                if overwrite:
+                    self._disk.rename(temporary, path)
+                else:
+                    undo.callback(self._take_back, temporary, path)
+                    self._rename_without_replacing(temporary, path)
+                self._disk.sync_folder(path.parent)
+                undo.pop_all()
         except OSError as error:
             _blame(error, path)
             raise
         finally:
             self._discard(temporary)
-        self._disk.sync_folder(path.parent)
 
     def commit_group(
         self,
@@ -99,7 +105,7 @@ class Storage:
         # What runs that were killed had moved aside, so that files which their records name are none of strangers.
         left = list(home.glob(f"{TEMPORARY}*-{glob.escape(_end(record))}/{REPLACED}")) if overwrite else []
         try:
-            self._make_folders(home)
+            self.make_folders(home)
             self._disk.make_folder(folder)
             write(folder)
             new = sorted(path.name for path in folder.iterdir() if path.name != record.name)
@@ -156,17 +162,19 @@ class Storage:
             self._disk.link(temporary, path)  # unlike a rename, refuses to replace
         except FileExistsError as error:
             raise _in_the_way(path) from error
-        except OSError:  # a file system without hard links: take the name first
-            try:
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            try:  # take the name first
                 self._disk.close(self._disk.create(path))
             except FileExistsError as error:
                 raise _in_the_way(path) from error
             self._disk.rename(temporary, path)
 
-    def _make_folders(self, path: Path) -> None:
+    def make_folders(self, path: Path) -> None:
         """Makes a folder and those on the way to it, to last."""
         if not path.is_dir():
-            self._make_folders(path.parent)
+            self.make_folders(path.parent)
             with contextlib.suppress(FileExistsError):  # somebody else was quicker
                 self._disk.make_folder(path)
             self._disk.sync_folder(path.parent)
@@ -185,7 +193,10 @@ class Storage:
 
     def _take_back(self, temporary: Path, home: Path) -> None:
         """Removes a file that was given its final name, if it got that far; never one that somebody else made."""
-        if not temporary.exists() or (home.exists() and home.samefile(temporary)):
+        if home.is_dir():
+            if not temporary.exists():
+                self._discard(home)
+        elif not temporary.exists() or (home.exists() and home.samefile(temporary)):
             self.remove(home)
 
     def _discard(self, temporary: Path) -> None:

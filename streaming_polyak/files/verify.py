@@ -166,8 +166,9 @@ def read_all(table: TensorTable, threads: int, *, castagnoli: bool = False, mete
             table.sources[tensor.source].read_into(view, tensor.offset + at * itemsize)
             crc = crc32(view, crc)
             other = crc32c(view, other) if both else 0
-            if watched and not np.isfinite(part.view(tensor.stored_dtype)).all():
-                nonfinite.add(k)
+            with np.errstate(invalid="ignore"):  # of a NaN that signals
+                if watched and not np.isfinite(part.view(tensor.stored_dtype)).all():
+                    nonfinite.add(k)
             if tensor.mapped:
                 meter.add(part.size)
         crcs[number], others[number] = crc, other
