@@ -206,6 +206,7 @@ def outcomes(tmp_path, trace, states):
     return killed, cut
 
 
+@pytest.mark.slow
 def test_no_commit_is_lost_by_a_kill_or_a_power_cut_at_any_moment(tmp_path):
     trace = trace_of(tmp_path / "run", RecordingDisk())
     assert len(trace) > 40
@@ -272,6 +273,7 @@ class InPlace(RunFolder):
         return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("disk", "folder_class", "checked"),
     [
@@ -354,6 +356,7 @@ def refused(folder, saved):
         folder.open(saved)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_truncated_at_any_byte_is_passed_over(two, caplog):
     newest = two.saved()[-1]
     data = newest.path.read_bytes()
@@ -368,6 +371,7 @@ def test_a_checkpoint_truncated_at_any_byte_is_passed_over(two, caplog):
     assert is_of(two.latest(), 20)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_goes_unseen(two):
     newest = two.saved()[-1]
     data = bytearray(newest.path.read_bytes())
@@ -381,6 +385,7 @@ def test_no_flipped_bit_goes_unseen(two):
     assert is_of(two.open(newest), 20)
 
 
+@pytest.mark.slow
 def test_zeroed_appended_joined_and_exchanged_files_are_passed_over(two):
     older, newest = two.saved()
     data, other = newest.path.read_bytes(), older.path.read_bytes()
