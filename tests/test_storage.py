@@ -1,9 +1,12 @@
 """A file is there whole or not at all, whatever fails on the way."""
 
 import contextlib
+import errno
 import os
+import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -215,6 +218,88 @@ def test_whatever_fails_an_old_group_is_whole_again(tmp_path, monkeypatch, call)
             assert new is not None
             break
     assert 3 < fatal < 29
+
+
+def test_what_a_killed_run_moved_aside_is_used_and_removed_for_its_own_record_alone(tmp_path):
+    aside = tmp_path / f"{TEMPORARY}0123456789ab-my-r" / REPLACED
+    aside.mkdir(parents=True)
+    (aside / "my-r").write_bytes(b"a")
+    (aside / "a").write_bytes(b"the only copy")
+    group(tmp_path, {"b": b"1"})
+    group(tmp_path, {"b": b"2"}, overwrite=True)
+    assert contents(aside) == {"my-r": b"a", "a": b"the only copy"}
+    own = tmp_path / f"{TEMPORARY}0123456789ab-r" / REPLACED
+    own.mkdir(parents=True)
+    (tmp_path / "r").rename(own / "r")  # killed when the record was moved and the rest not yet
+    with pytest.raises(
+        FileExistsError, match=rf"b is in the way: a run that was to replace r was killed .* is in {own}"
+    ):
+        group(tmp_path, {"b": b"3"})
+    new = group(tmp_path, {"b": b"3"}, overwrite=True)
+    assert not own.parent.exists()
+    shutil.rmtree(aside.parent)
+    assert contents(tmp_path) == new
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_runs_at_once_one_wins_and_what_it_made_is_whole(tmp_path, overwrite):
+    for number in range(40):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if overwrite:
+            group(folder, {"a": b"0", "b": b"0"})
+        outcomes = []
+
+        def run(data, folder=folder, outcomes=outcomes):
+            try:
+                group(folder, {"a": data, "b": data}, overwrite=overwrite)
+                outcomes.append("made")
+            except FileExistsError:
+                outcomes.append("refused")
+
+        threads = [threading.Thread(target=run, args=(data,)) for data in (b"1", b"1", b"2")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcomes) == (["made"] * 3 if overwrite else ["made", "refused", "refused"])
+        found = contents(folder)
+        assert found in [{"r": b"a b", "a": data, "b": data} for data in (b"1", b"2")]
+
+
+def test_without_hard_links_a_failed_rename_leaves_no_empty_file(tmp_path, monkeypatch):
+    def broken(number):
+        def call(*_):
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    monkeypatch.setattr(os, "link", broken(errno.EPERM))
+    monkeypatch.setattr(os, "replace", broken(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        Storage().commit(tmp_path / "file", lambda temporary: temporary.write_bytes(b"new"))
+    with pytest.raises(OSError, match="Input/output error"):
+        group(tmp_path, {"a": b"1"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_that_the_old_one_cannot_be_removed_is_no_failure_of_the_new_one(tmp_path, monkeypatch, caplog):
+    group(tmp_path, {"a": b"1"})
+    real = os.unlink
+
+    def unlink(path):
+        if REPLACED in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    new = group(tmp_path, {"a": b"2"}, overwrite=True)
+    assert "What was replaced could not be removed" in caplog.text
+    assert contents_of_files(tmp_path) == new
+
+
+def contents_of_files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_what_cannot_be_moved_back_is_kept(tmp_path, monkeypatch):

@@ -10,15 +10,20 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import fcntl
 import filecmp
-import glob
+import logging
 import os
+import re
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from streaming_polyak.files.descriptors import moved
 from streaming_polyak.files.disk import Disk
+
+logger = logging.getLogger("streaming_polyak")
 
 TEMPORARY = ".writing-"
 REPLACED = "replaced"
@@ -56,11 +61,11 @@ class Storage:
             self.make_folders(path.parent)
             write(temporary)
             self._sync_tree(temporary)
-            with ExitStack() as undo:
+            with _alone_in(path.parent), ExitStack() as undo:
                 if overwrite:
                     self._disk.rename(temporary, path)
                 else:
-                    undo.callback(self._take_back, temporary, path)
+                    undo.callback(self._take_back, _identity(temporary), path)
                     self._rename_without_replacing(temporary, path)
                 self._disk.sync_folder(path.parent)
                 undo.pop_all()
@@ -102,8 +107,6 @@ class Storage:
         home = record.parent
         folder = _temporary(record)
         aside = folder / REPLACED
-        # What runs that were killed had moved aside, so that files which their records name are none of strangers.
-        left = list(home.glob(f"{TEMPORARY}*-{glob.escape(_end(record))}/{REPLACED}")) if overwrite else []
         try:
             self.make_folders(home)
             self._disk.make_folder(folder)
@@ -111,7 +114,9 @@ class Storage:
             new = sorted(path.name for path in folder.iterdir() if path.name != record.name)
             for name in [*new, record.name]:
                 self._disk.sync_file(folder / name)
-            with ExitStack() as undo:
+            with _alone_in(home), ExitStack() as undo:
+                # What killed runs had moved aside, so that files which their records name are none of strangers.
+                left = _left_aside(record)
                 if overwrite:
                     self._disk.make_folder(aside)
                     records = [path for path in (record, *(other / record.name for other in left)) if path.exists()]
@@ -125,27 +130,21 @@ class Storage:
                     if name == record.name:
                         self._disk.sync_folder(home)
                     if name == record.name or not _same_bytes(folder / name, home / name):
-                        undo.callback(self._take_back, folder / name, home / name)
+                        undo.callback(self._take_back, _identity(folder / name), home / name)
                         try:
                             self._rename_without_replacing(folder / name, home / name)
                         except FileExistsError:
-                            raise FileExistsError(
-                                f"{home / name} is in the way: {record.name} needs the name, and "
-                                + ("no older one names this file" if overwrite else "it has other bytes")
-                                + ". Move it away, or choose another name."
-                            ) from None
+                            raise FileExistsError(_clash(home / name, record, overwrite, left)) from None
                 self._disk.sync_folder(home)
                 undo.pop_all()
-            if aside.is_dir():
-                self._discard(aside)
+                for old in [aside, *(other.parent for other in left)] if overwrite else []:
+                    self._discard_old(old)
         except OSError as error:
             _blame(error, record)
             raise
         finally:
             if not (aside.is_dir() and any(aside.iterdir())):  # else it could not be moved back
                 self._discard(folder)
-        for other in left:
-            self._discard(other.parent)
 
     def remove(self, path: Path) -> None:
         """Removes one file; that it is gone already is no error."""
@@ -165,11 +164,9 @@ class Storage:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            try:  # take the name first
-                self._disk.close(self._disk.create(path))
-            except FileExistsError as error:
-                raise _in_the_way(path) from error
-            self._disk.rename(temporary, path)
+            if path.exists():
+                raise _in_the_way(path) from None
+            self._disk.rename(temporary, path)  # no other run of ours can come in between, see `_alone_in`
 
     def make_folders(self, path: Path) -> None:
         """Makes a folder and those on the way to it, to last."""
@@ -191,13 +188,17 @@ class Storage:
         if aside.exists() or aside.is_symlink():
             self._disk.rename(aside, home)
 
-    def _take_back(self, temporary: Path, home: Path) -> None:
-        """Removes a file that was given its final name, if it got that far; never one that somebody else made."""
-        if home.is_dir():
-            if not temporary.exists():
-                self._discard(home)
-        elif not temporary.exists() or (home.exists() and home.samefile(temporary)):
-            self.remove(home)
+    def _take_back(self, identity: tuple[int, int], home: Path) -> None:
+        """Removes a file or folder that was given its final name, if it got that far; none that somebody else made."""
+        if os.path.lexists(home) and _identity(home) == identity:
+            self._discard(home)
+
+    def _discard_old(self, folder: Path) -> None:
+        """Removes what was replaced; that it stays is no reason to say that the new one is not there."""
+        try:
+            self._discard(folder)
+        except OSError as error:
+            logger.warning("What was replaced could not be removed and is still in %s: %s", folder, error)
 
     def _discard(self, temporary: Path) -> None:
         """Removes what was being written, if it is still there: a file, or a folder with all in it."""
@@ -234,6 +235,41 @@ def _blame(error: OSError, path: Path) -> None:
     """Has an error name the file that was to be made, if it names none, as on a full disk, or a temporary one."""
     if error.errno is not None and (error.filename is None or TEMPORARY in str(error.filename)):
         error.filename, error.filename2 = str(path), None
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Has others wait that would give files in a folder their names; nobody, where the system locks no folders."""
+    fd = moved(os.open(folder, os.O_RDONLY | os.O_CLOEXEC))
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _left_aside(record: Path) -> list[Path]:
+    """Returns where killed runs left the old group of a record; of this one, not of one whose name ends alike."""
+    name = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{12}-" + re.escape(_end(record)))
+    folders = [record.with_name(found) / REPLACED for found in os.listdir(record.parent) if name.fullmatch(found)]
+    return [folder for folder in sorted(folders) if os.path.lexists(folder / record.name)]
+
+
+def _clash(path: Path, record: Path, overwrite: bool, left: Sequence[Path]) -> str:
+    """Says what is in the way of a group, and what to do."""
+    if left and not overwrite:
+        return (
+            f"{path} is in the way: a run that was to replace {record.name} was killed in the middle. What it replaced "
+            f"is in {left[-1]}. Pass overwrite=True to make the new one, or move that back."
+        )
+    why = "no older one names this file" if overwrite else "it has other bytes"
+    return f"{path} is in the way: {record.name} needs the name, and {why}. Move it away, or choose another name."
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
 
 
 def _same_bytes(new: Path, there: Path) -> bool:
