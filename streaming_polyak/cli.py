@@ -47,6 +47,12 @@ def _safe(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def _words(error: Exception) -> str:
+    return (
+        str(error).replace("pass overwrite=True", "give --overwrite").replace("Pass overwrite=True", "Give --overwrite")
+    )
+
+
 class _Error(click.ClickException):
     """The work could not be done."""
 
@@ -92,8 +98,7 @@ class _Group(click.Group):
             with _cleaning_up_when_terminated():
                 return super().invoke(ctx)
         except (StreamingPolyakError, ValueError, OSError, ImportError) as error:
-            said = str(error).replace("pass overwrite=True", "give --overwrite")
-            raise _Error(said) from error
+            raise _Error(_words(error)) from error
         except RecursionError as error:
             raise _Error("What is said in one of the files is nested too deeply to be shown.") from error
 
@@ -304,7 +309,11 @@ def sweep(
     evaluate = _load(function)
     # What can be seen to fail is told before, not after, hours of work.
     outputs = {"--csv": csv_path, "--plot": plot_path, "--export-best": export_best}
-    _check_outputs({option: path for option, path in outputs.items() if path is not None}, checkpoints, overwrite)
+    module = function.rpartition(":")[0]
+    script = Path(module) if module.endswith(".py") else None
+    given = {option: path for option, path in outputs.items() if path is not None}
+    _check_outputs(given, checkpoints, script, overwrite)
+    here = os.getcwd()
 
     def checked(tensors: Any) -> Any:
         metrics = evaluate(tensors)
@@ -317,25 +326,35 @@ def sweep(
         checkpoints, chosen or [MEAN, LINEAR, Exponential(alpha=2)], checked, progress=True, **options
     )
     verdict = result.verdict(metric, mode=mode)
-    with contextlib.ExitStack() as then:  # what is in it is done from the last on, and each though another failed
 
-        @then.callback
-        def export() -> None:
-            best = result.best(metric, mode=mode)
-            if export_best is not None:
-                allow = options["allow_nonfinite"]
-                report = result.export(best, export_best, overwrite=overwrite, allow_nonfinite=allow)
-                _say(str(report), err=as_json)
-
-        if plot_path is not None:
-            then.callback(result.plot, plot_path, metric)
-        if csv_path is not None:
-            then.callback(result.to_csv, csv_path)
+    def show() -> None:
         _say(
             json.dumps({**result.to_json(), "verdict": verdict}, indent=1)
             if as_json
             else f"{result.table(metric, mode=mode)}\n\n{verdict}"
         )
+
+    def export() -> None:
+        best = result.best(metric, mode=mode)
+        if export_best is not None:
+            allow = options["allow_nonfinite"]
+            report = result.export(best, export_best, overwrite=overwrite, allow_nonfinite=allow)
+            _say(str(report), err=as_json)
+
+    steps: list[Callable[[], object]] = [show]
+    if csv_path is not None:
+        steps.append(lambda: result.to_csv(csv_path))
+    if plot_path is not None:
+        steps.append(lambda: result.plot(plot_path, metric))
+    failed = []
+    with contextlib.chdir(here):  # the evaluation may have left it
+        for step in [*steps, export]:  # each though another failed: the results took long
+            try:
+                step()
+            except (StreamingPolyakError, ValueError, OSError, ImportError) as error:
+                failed.append(error)
+    if failed:
+        raise _Error("\nError: ".join(map(_words, failed))) from failed[0]
 
 
 @main.command()
@@ -474,11 +493,18 @@ def demo(
     _paragraph("\n".join(["Files written:", *(f"  {path}" for path in files)]))
 
 
-def _check_outputs(outputs: Mapping[str, Path], checkpoints: tuple[str, ...], overwrite: bool) -> None:
-    """Refuses, before a sweep, what could not be written after it; and what would replace one of its inputs."""
+def _check_outputs(
+    outputs: Mapping[str, Path], checkpoints: tuple[str, ...], script: Path | None, overwrite: bool
+) -> None:
+    """Refuses, before a sweep, what could not be written after it; and what would replace something that it reads."""
     if "--plot" in outputs and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib. Install streaming_polyak[plots].")
     inputs = find_checkpoints(checkpoints)
+    kept = {"the evaluation": [script]} if script is not None else {}
+    with Parser() as parser:
+        for path in inputs:
+            with open_checkpoint(path, parser) as table:
+                kept[f"the input {path}"] = [table.path, *(source.path for source in table.sources)]
     taken: dict[Path, str] = {}
     for option, path in outputs.items():
         said = f"{option} {path}"
@@ -486,9 +512,9 @@ def _check_outputs(outputs: Mapping[str, Path], checkpoints: tuple[str, ...], ov
             raise ValueError(f"{said} and {other} are one file. Choose another name.")
         if path.is_dir():
             raise IsADirectoryError(f"{said} is a folder. Choose another name.")
-        for one in inputs:
-            if path.exists() and one.exists() and path.samefile(one):
-                raise ValueError(f"{said} is the input {one}. Choose another name.")
+        for what, files in kept.items():
+            if path.exists() and any(file.exists() and path.samefile(file) for file in files):
+                raise ValueError(f"{said} is {what}, or a file of it. Choose another name.")
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise PermissionError(f"{said} cannot be written: {folder} is not a folder that may be written to.")

@@ -846,6 +846,17 @@ def test_an_output_of_several_files_never_takes_the_place_of_inputs_templates_or
     assert [path.read_bytes() for path in strangers] == before
 
 
+def test_what_is_in_the_way_of_a_replaced_store_is_told_before_anything_is_read(tmp_path):
+    paths = [write_sharded(tmp_path / f"{k}.weights.json", small(k)) for k in range(2)]
+    out = tmp_path / "out.weights.json"
+    average_checkpoints(paths, out)
+    damaged = out.read_text()[:-5]
+    out.write_text(damaged)
+    message = "out_00000.weights.h5 is in the way: .* or is damaged. Move it away"
+    refused(tmp_path, None, message, paths, out, error=FileExistsError, overwrite=True)
+    assert out.read_text() == damaged
+
+
 def test_a_store_that_replaces_one_of_more_shards_leaves_none_of_them(tmp_path):
     paths = [write_sharded(tmp_path / f"{k}.weights.json", small(k)) for k in range(2)]
     out = tmp_path / "out"

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import shutil
 import warnings
 import zipfile
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from reference import nearest, rational_average
 
-from streaming_polyak import LINEAR, MEAN
+from streaming_polyak import LINEAR, MEAN, CheckpointError
 from streaming_polyak.files import average as average_module
 from streaming_polyak.files import tensors, verify
 from streaming_polyak.files.average import average_checkpoints
@@ -357,14 +358,20 @@ def test_a_saved_model_is_averaged_and_serves(tmp_path):
         model.export(tmp_path / str(number), verbose=False)
     average_checkpoints([tmp_path / str(number) for number in range(3)], tmp_path / "out")
     by_hand(plain, models).export(tmp_path / "reference", verbose=False)
-    assert {path.name for path in (tmp_path / "0").iterdir()} - {
-        path.name for path in (tmp_path / "out").iterdir()
-    } == {
-        "fingerprint.pb"  # which has a hash of the variables
-    }
+    names = [{path.name for path in (tmp_path / folder).iterdir()} for folder in ("0", "out")]
+    assert names[0] - names[1] == {"fingerprint.pb"}  # which has a hash of the variables
     served, wanted = (tf.saved_model.load(tmp_path / name) for name in ("out", "reference"))
     np.testing.assert_array_equal(served.serve(inputs(plain)), wanted.serve(inputs(plain)))
     said = json.loads((tmp_path / "out/assets.extra/streaming_polyak.json").read_text())
     assert [entry["name"] for entry in said["inputs"]] == ["0", "1", "2"]
     with pytest.raises(FileExistsError, match="is a folder, which is not replaced"):
         average_checkpoints([tmp_path / "0"], tmp_path / "out", overwrite=True)
+    shutil.rmtree(tmp_path / "reference")
+    with pytest.raises(CheckpointError, match="out: it is an average itself"):
+        average_checkpoints(tmp_path, tmp_path / "again")
+    data = tmp_path / "2/variables/variables.data-00000-of-00001"
+    data.write_bytes(data.read_bytes().replace(b"/.ATTRIBUTES", b"/.attributes", 1))  # in the object graph
+    with pytest.raises(CheckpointError, match=r"_CHECKPOINTABLE_OBJECT_GRAPH.*damaged"):
+        verify_checkpoint(tmp_path / "2")
+    with pytest.raises(CheckpointError, match=r"_CHECKPOINTABLE_OBJECT_GRAPH.*damaged"):
+        average_checkpoints([tmp_path / "1", tmp_path / "2"], tmp_path / "damaged")

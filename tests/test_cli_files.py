@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import test_average
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
@@ -305,6 +306,54 @@ def test_what_fails_after_a_sweep_does_not_take_its_results(members, tmp_path, m
     assert not (tmp_path / "best.safetensors").exists()
 
 
+def test_every_output_that_failed_is_told_and_the_others_are_written(members, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "rows.csv")
+
+    def refused(*_, **__):
+        raise FileExistsError("best.safetensors exists already")
+
+    monkeypatch.setattr(sweep_result, "write_csv", full)
+    monkeypatch.setattr(sweep_result, "average_checkpoints", refused)
+    arguments = ["--csv", "rows.csv", "--plot", "rows.png", "--export-best", "best.safetensors"]
+    shown = run("sweep", *members, "--evaluate", "score.py:closeness", *arguments, status=1).stderr
+    assert "Error: [Errno 28] No space left on device" in shown
+    assert "Error: best.safetensors exists already" in shown
+    assert (tmp_path / "rows.png").exists()
+
+
+def test_outputs_go_where_the_command_was_given_though_the_evaluation_leaves(members, tmp_path):
+    (tmp_path / "leaving.py").write_text("import os\ndef f(t):\n    os.chdir('/')\n    return 0.0\n")
+    run("sweep", *members, "--evaluate", "leaving.py:f", "--csv", "rows.csv", "--export-best", "best.safetensors")
+    assert {"rows.csv", "best.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_no_output_is_a_part_of_an_input_of_several_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "score.py").write_text("def f(tensors):\n    return 0.0\n")
+    for k in range(2):
+        test_average.write_sharded(tmp_path / f"s{k}.weights.json", test_average.small(k))
+        test_average.write_bundle(tmp_path / f"t{k}", {"w": np.full(2, k, np.float32)})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for inputs, output in (
+        (["s0.weights.json", "s1.weights.json"], "s0_00000.weights.h5"),
+        (["t0", "t1"], "t0.data-00000-of-00001"),
+        (["t0", "t1"], "t0.index"),
+    ):
+        shown = run("sweep", *inputs, "--evaluate", "score.py:f", "--csv", output, status=1).stderr
+        assert f"--csv {output} is the input {inputs[0]}, or a file of it" in shown
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_commands_work_without_an_error_output(members):
+    program = f"{sys.executable} -m streaming_polyak average {' '.join(members)} -o out.safetensors 2>&-"
+    assert subprocess.run(program, shell=True, stdout=subprocess.DEVNULL).returncode == 0
+    program = f"{sys.executable} -m streaming_polyak verify out.safetensors 2>&-"
+    assert b"good" in subprocess.run(program, shell=True, stdout=subprocess.PIPE).stdout
+
+
 def test_results_are_written_though_nobody_reads_what_is_printed(members, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ["sweep", *members, "--evaluate", "score.py:closeness", "--csv", "rows.csv", "--plot", "rows.png"]
@@ -324,6 +373,7 @@ def test_results_are_written_though_nobody_reads_what_is_printed(members, tmp_pa
         (["--export-best", "epoch-9.safetensors", "--overwrite"], "--export-best epoch-9.safetensors is the input"),
         (["--csv", "./epoch-9.safetensors"], "--csv epoch-9.safetensors is the input epoch-9.safetensors"),
         (["--plot", "link.png"], "--plot link.png is the input epoch-10.safetensors"),
+        (["--csv", "score.py"], "--csv score.py is the evaluation, or a file of it"),
         (["--csv", "folder"], "--csv folder is a folder"),
         (["--export-best", "folder", "--overwrite"], "--export-best folder is a folder"),
         (["--csv", "score.py/rows.csv"], "--csv score.py/rows.csv cannot be written: "),

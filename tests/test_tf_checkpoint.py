@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files import checksums, tensors
-from streaming_polyak.files.formats.tf_checkpoint import index_bytes, open_saved_model, open_tf_checkpoint
+from streaming_polyak.files.formats.tf_checkpoint import (
+    check_strings,
+    index_bytes,
+    open_saved_model,
+    open_tf_checkpoint,
+)
 from streaming_polyak.files.tensors import Source
 
 DTYPES = [
@@ -404,10 +409,9 @@ def test_an_index_written_again_means_the_same_but_for_the_checksums(tmp_path):
 @pytest.mark.parametrize("name", ["c", "text"])
 def test_only_checksums_of_tensors_of_numbers_are_replaced(tmp_path, name):
     index = rows((b"a", tensor()), (b"text", tensor(dtype=7, sizes=shape(), offset=24, size=8)))
-    with open_tf_checkpoint(write(tmp_path, index)) as opened:
-        assert opened.tensors["text"].crc32c is None
-        with pytest.raises(ValueError, match=f"'{name}' is not a tensor of numbers in .*ckpt; strings keep"):
-            index_bytes(opened.layout, {name: 1})
+    message = f"'{name}' is not a tensor of numbers in .*ckpt; strings keep"
+    with open_tf_checkpoint(write(tmp_path, index)) as opened, pytest.raises(ValueError, match=message):
+        index_bytes(opened.layout, {name: 1})
 
 
 # Checksums
@@ -538,11 +542,34 @@ def test_the_table_says_what_tensorflow_says(tf, written, kind):
         assert {t.name: (t.dtype, t.shape) for t in opened.tensors.values()} == names
         for name, tensor in opened.tensors.items():
             if tensor.dtype == "string":
-                assert tensor.crc32c is None
                 continue
             got, expected = opened.read(name), np.asarray(reader.get_tensor(name))
             assert (got.dtype, got.shape, got.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
             assert tensor.crc32c == google_crc32c.value(expected.tobytes())
+        assert check_strings(opened) == sum(tensor.dtype == "string" for tensor in opened.tensors.values())
+
+
+@TF
+def test_every_flipped_bit_in_strings_is_refused(tf, tmp_path):
+    texts = {"one": "streaming", "many": ["", "a", "b" * 300], "none": np.zeros((0,), str)}
+    tf.train.Checkpoint(**{name: tf.Variable(text, dtype=tf.string) for name, text in texts.items()}).write(
+        str(tmp_path / "ckpt")
+    )
+    with open_tf_checkpoint(tmp_path / "ckpt") as opened:
+        assert check_strings(opened) == 4  # the object graph too
+        tensors = [tensor for tensor in opened.tensors.values() if tensor.name != "_CHECKPOINTABLE_OBJECT_GRAPH"]
+        places = [k for t in tensors for k in range(t.offset, t.offset + t.nbytes)]
+    assert len(places) > 300
+    data = tmp_path / "ckpt.data-00000-of-00001"
+    whole = bytearray(data.read_bytes())
+    for place in places:
+        for bit in range(8):
+            whole[place] ^= 1 << bit
+            data.write_bytes(whole)
+            with open_tf_checkpoint(tmp_path / "ckpt") as opened, pytest.raises(CheckpointError) as refused:
+                check_strings(opened)
+            assert refused.value.code == "damaged"
+            whole[place] ^= 1 << bit
 
 
 @TF

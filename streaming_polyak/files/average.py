@@ -286,6 +286,14 @@ def _check_output(output: Path, format: str, inputs: CheckpointSet, structure: T
     if final.is_dir() or format == "saved_model":
         why = "is a folder, which is not replaced" if final.is_dir() else "is a file, which no folder replaces"
         raise FileExistsError(f"{output} {why}. Remove it yourself, or choose another name.")
+    if format in GROUPS:
+        known = old_parts(final)
+        for name in part_names(output, format, structure):
+            if name not in known and (path := final.with_name(name)).exists():
+                raise FileExistsError(
+                    f"{path} is in the way: the new {final.name} needs the name, and the old one does not name this "
+                    "file, or is damaged. Move it away, or choose another name."
+                )
 
 
 def _threads(budget: int, inputs: CheckpointSet) -> int:

@@ -22,6 +22,7 @@ from streaming_polyak.files.checksums import crc32, crc32_combine, crc32c, crc32
 from streaming_polyak.files.disk import NewFile
 from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.drafts import GROUPS, Draft, Plan, begin, is_reset, record
+from streaming_polyak.files.formats.tf_checkpoint import check_strings
 from streaming_polyak.files.meter import Meter
 from streaming_polyak.files.pieces import Piece, Segment
 from streaming_polyak.files.summation import TILE, NonFiniteInput, TileAverager
@@ -107,6 +108,8 @@ class AveragePass:
             if not draft.castagnoli:
                 crc = content_crc32(plan.provenance, draft.places.values(), digests, plan.structure.format)
                 plan.provenance["content_crc32"] = f"{crc:08x}"
+            if plan.format in ("tf_checkpoint", "saved_model"):
+                check_strings(plan.structure)  # which are copied
             draft.finish(digests, plan.provenance)
             self._syncs.append(disk.submit(draft.sync))  # while it is read back, which waits for nothing
             self._read_back(final, plan, draft, digests)

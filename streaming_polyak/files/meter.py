@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ class Meter:
             unit="B",
             unit_scale=True,
             unit_divisor=1024,
-            disable=None if show else True,
+            disable=hidden(show),
             dynamic_ncols=True,
         )
         self._next_sample = 0.0
@@ -68,6 +69,11 @@ class Meter:
             if now >= self._next_sample:
                 self._next_sample = now + _SAMPLE_SECONDS
                 self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+
+def hidden(show: bool) -> bool | None:
+    """Returns what tqdm's `disable` has to be: `None`, which shows a bar on a terminal, or true for none at all."""
+    return None if show and sys.stderr is not None else True  # it is None where a program was started without it
 
 
 def anonymous_bytes() -> int:

@@ -37,7 +37,7 @@ from streaming_polyak.files.checksums import crc32, crc32c
 from streaming_polyak.files.descriptors import temporary_file
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import check_no_averages, find_inputs
-from streaming_polyak.files.meter import Meter
+from streaming_polyak.files.meter import Meter, hidden
 from streaming_polyak.files.summation import TILE, rounded
 from streaming_polyak.files.sweep_result import SINGLE, SweepResult, SweepRow
 from streaming_polyak.files.tensors import DTYPES, Tensor
@@ -99,7 +99,7 @@ def sweep_checkpoints(
         check_no_averages(given, members.are_averages)
         sums = _Sums(named, members.averaged, stack if accumulators == "disk" else None)
         bar = stack.enter_context(
-            tqdm(total=len(found) * (1 + len(named)), unit="evaluation", disable=None if progress else True)
+            tqdm(total=len(found) * (1 + len(named)), unit="evaluation", disable=hidden(progress))
         )
         copied = {tensor.name: members.newest.read(tensor.name) for tensor in members.copied}
         singles: list[SweepRow] = []

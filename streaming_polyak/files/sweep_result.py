@@ -135,7 +135,7 @@ class SweepResult:
             ]
             for row in self.rows
         ]
-        header = ["weighting", "n", "newest member", *self.metrics, ""]
+        header = ["weighting", "n", "newest member", *map(printable, self.metrics), ""]
         return tabulate(rows, header, tablefmt="plain", floatfmt=".6g", disable_numparse=[0, 2])
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:

@@ -18,6 +18,7 @@ from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.archive import STORED, in_place
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.formats.keras_archive import WEIGHTS, KerasArchive
+from streaming_polyak.files.formats.tf_checkpoint import check_strings
 from streaming_polyak.files.meter import Meter, cpus, format_bytes
 from streaming_polyak.files.pieces import Piece, Segment
 from streaming_polyak.files.summation import TILE
@@ -128,6 +129,7 @@ def verify_checkpoint(path: str | os.PathLike[str], *, progress: bool = False) -
         if not any(t.dtype in FLOATS and not is_optimizer(name, table.format) for name, t in table.tensors.items()):
             raise table.refuse("no-floats", "it has no floating tensor that could be averaged.")
         checked = reading.checked + _check_deflated(table)
+        checked += check_strings(table) if table.format in ("tf_checkpoint", "saved_model") else 0
         return Verified(
             table.path, table.format, len(table.tensors), reading.size, reading.crc32, checked, table.provenance
         )

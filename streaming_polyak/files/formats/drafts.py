@@ -24,7 +24,7 @@ from streaming_polyak.files.formats.archive import NewMember
 from streaming_polyak.files.formats.hdf5 import Hdf5Part, Parser
 from streaming_polyak.files.formats.keras_archive import PROVENANCE_MEMBER, WEIGHTS, KerasArchive
 from streaming_polyak.files.formats.sharded import SUFFIX, Shards, shard_names
-from streaming_polyak.files.formats.tf_checkpoint import INDEX, Bundle, data_names, index_bytes
+from streaming_polyak.files.formats.tf_checkpoint import INDEX, PROVENANCE_PLACE, Bundle, data_names, index_bytes
 from streaming_polyak.files.tensors import PROVENANCE, Source, Tensor, TensorTable, is_optimizer
 
 FORMATS = {
@@ -358,20 +358,17 @@ def _saved_model(plan: Plan) -> Draft:
             file.close()
             source.check_unchanged()
     draft = _bundle(plan, plan.path / "variables", "variables")
-    extra = plan.path / "assets.extra"  # where TensorFlow's users put files of their own
+    place = plan.path / PROVENANCE_PLACE
 
     def finish(digests: Digests, provenance: dict[str, Any]) -> None:
         draft.finish(digests, provenance)
-        extra.mkdir(exist_ok=True)
-        (extra / PROVENANCE_FILE).unlink(missing_ok=True)
-        file = NewFile(extra / PROVENANCE_FILE)
+        place.parent.mkdir(exist_ok=True)
+        place.unlink(missing_ok=True)
+        file = NewFile(place)
         draft.files.append(file)
         file.write(_said(provenance, indent=1), 0)
 
     return Draft(draft.places, draft.files, finish, castagnoli=True)
-
-
-PROVENANCE_FILE = PROVENANCE_MEMBER
 
 
 def _bundle(plan: Plan, folder: Path, prefix: str) -> Draft:

@@ -32,7 +32,15 @@ from streaming_polyak.files.formats.protobuf import (
     read_varint,
     single,
 )
-from streaming_polyak.files.tensors import MAX_RANK, MAX_TENSORS, Source, Tensor, TensorTable
+from streaming_polyak.files.tensors import (
+    MAX_RANK,
+    MAX_TENSORS,
+    PROVENANCE,
+    Source,
+    Tensor,
+    TensorTable,
+    read_provenance,
+)
 
 INDEX = ".index"
 _MAX_SHARDS = 10_000
@@ -57,6 +65,10 @@ _ATTRIBUTE_PROTO = {2: BYTES, 3: BYTES}  # full_name, checkpoint_key
 
 _GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _MAX_GRAPH_BYTES = 64 << 20
+_MAX_VARINT = 10
+_BLOCK_BYTES = 1 << 20
+PROVENANCE_PLACE = Path("assets.extra") / f"{PROVENANCE}.json"  # where TensorFlow's users put files of their own
+_MAX_PROVENANCE_BYTES = 16 << 20
 _ORDERED, _UNORDERED = "variables/", "_all_variables/"
 
 
@@ -94,13 +106,18 @@ def open_saved_model(folder: Path) -> TensorTable:
             "it is a folder, but neither a SavedModel (saved_model.pb and variables/variables.index) nor a checkpoint. "
             "Of a TensorFlow checkpoint give the prefix, such as folder/ckpt-1.",
         )
-    return _in_one_order(open_tf_checkpoint(prefix, format="saved_model", path=folder))
+    table = _in_one_order(open_tf_checkpoint(prefix, format="saved_model", path=folder))
+    said = folder / PROVENANCE_PLACE
+    if said.is_file() and said.stat().st_size <= _MAX_PROVENANCE_BYTES:
+        source = Source(said)
+        table.provenance = read_provenance(said, source.read(0, source.size))
+    return table
 
 
 def open_tf_checkpoint(prefix: Path, *, format: str = "tf_checkpoint", path: Path | None = None) -> TensorTable:
     """Returns the table of a bundle.
 
-    Tensors of strings have no `crc32c`: what TensorFlow keeps for them is not the CRC of the bytes in the file.
+    The `crc32c` of a tensor of strings is not that of the bytes in the file, see `check_strings`.
 
     Args:
         prefix: the name of the bundle, without ".index".
@@ -133,6 +150,49 @@ def open_tf_checkpoint(prefix: Path, *, format: str = "tf_checkpoint", path: Pat
         {name: replace(tensor, source=numbers[tensor.source]) for name, tensor in tensors.items()},
         layout=Bundle(prefix, header, tuple(entries), shards),
     ).validate()
+
+
+def check_strings(table: TensorTable) -> int:
+    """Checks the tensors of strings against their CRC-32C; returns how many there are.
+
+    Stored are the lengths as varints, a masked CRC-32C of the lengths, and the strings. Both CRCs take the lengths as
+    numbers of four bytes (of eight, if they need them), that of the tensor also the other CRC and the strings.
+
+    Raises:
+        CheckpointError: one is damaged.
+
+    Source: TensorFlow, core/util/tensor_bundle/tensor_bundle.cc, WriteStringTensor.
+    """
+    strings = [tensor for tensor in table.tensors.values() if tensor.dtype == "string"]
+    for tensor in strings:
+        _check_string(table, tensor)
+    return len(strings)
+
+
+def _check_string(table: TensorTable, tensor: Tensor) -> None:
+    assert tensor.offset is not None
+    source, end = table.sources[tensor.source], tensor.offset + tensor.nbytes
+    try:
+        crc, at, total = 0, tensor.offset, 0
+        data, start = b"", at
+        for _ in range(tensor.size):
+            if at - start + _MAX_VARINT > len(data) and start + len(data) < end:
+                start, data = at, source.read(at, min(_BLOCK_BYTES, end - at))
+            length, here = read_varint(data, at - start, len(data))
+            at, total = start + here, total + length
+            number = struct.pack("<I" if length < 1 << 32 else "<Q", length)
+            crc = checksums.crc32c(number[::-1] if tensor.big_endian else number, crc)
+        if at + 4 + total != end:
+            raise Malformed("its lengths are not those of its strings")
+        said = source.read(at, 4)
+        if struct.unpack("<I", said)[0] != checksums.mask_crc32c(crc):
+            raise Malformed("its lengths do not have the CRC-32C that it says")
+        crc = checksums.crc32c(said, crc)
+        for begin in range(at + 4, end, _BLOCK_BYTES):
+            crc = checksums.crc32c(source.read(begin, min(_BLOCK_BYTES, end - begin)), crc)
+    except Malformed as error:
+        raise table.refuse("damaged", f"{error}: the file is damaged.", tensor.name) from None
+    table.check_crc32c(tensor.name, crc)
 
 
 def data_names(index: Source) -> list[str]:
@@ -204,6 +264,7 @@ def _full_names(table: TensorTable) -> dict[str, str]:
     tensor = table.tensors.get(_GRAPH)
     if tensor is None or tensor.dtype != "string" or tensor.shape or not 6 <= tensor.nbytes <= _MAX_GRAPH_BYTES:
         raise table.refuse("tf-graph", "it has no object graph, or one of an unreasonable size.", _GRAPH)
+    _check_string(table, tensor)
     assert tensor.offset is not None
     data = table.sources[tensor.source].read(tensor.offset, tensor.nbytes)
     found = {}
@@ -275,7 +336,7 @@ def _read_entry(index: Source, key: bytes, proto: bytes, num_shards: int, big_en
         nbytes,
         shard,
         big_endian,
-        crc32c=None if _DTYPES.get(dtype) == "string" else checksums.unmask_crc32c(masked),
+        crc32c=checksums.unmask_crc32c(masked),
     )
     if nbytes < (tensor.size + 4 if tensor.dtype == "string" else 0):  # a length each, and a CRC of the lengths
         raise refuse("size", f"{tensor.describe()} does not take {nbytes} bytes.")
