@@ -32,6 +32,8 @@ from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import find_checkpoints
 from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import parse_bytes
+from streaming_polyak.files.run_folder import RunFolder
+from streaming_polyak.files.run_status import run_status
 from streaming_polyak.files.sweep import MAX_POWER, sweep_checkpoints
 from streaming_polyak.files.tensors import is_optimizer, printable
 from streaming_polyak.files.verify import verify_checkpoint
@@ -113,7 +115,9 @@ def main() -> None:
     Find out what to average: streaming-polyak sweep run/*.keras --evaluate score.py:evaluate
     Look at a file:          streaming-polyak inspect average.keras
 
-    To train a model of your own, import the loop: from streaming_polyak import Trainer.
+    Train, killed or not:    streaming-polyak train job.py:make --run-dir runs/1
+
+    To train in a script of your own, import the loop: from streaming_polyak import Trainer.
     """  # noqa: D301  # \b is a backspace here: click then keeps the lines as they are
 
 
@@ -306,7 +310,7 @@ def sweep(
     if weights is not None:
         _check_count(weights, checkpoints, options["last"])
         chosen.append(weights)
-    evaluate = _load(function)
+    evaluate = _load(function, "--evaluate")
     # What can be seen to fail is told before, not after, hours of work.
     outputs = {"--csv": csv_path, "--plot": plot_path, "--export-best": export_best}
     module = function.rpartition(":")[0]
@@ -375,21 +379,34 @@ def inspect(files: tuple[str, ...], as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE|RUN_DIR...")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def verify(files: tuple[str, ...], as_json: bool) -> None:
     """Read checkpoints whole and tell whether they can be trusted and averaged.
 
     Checks the structure, the checksums that the format has, those that an average made by this program carries, and
-    that all floating tensors of the model are finite. Exit status 1 names what is damaged.
+    that all floating tensors of the model are finite; of the folder of a run all checkpoints. Exit status 1 names what
+    is damaged.
 
     \b
     Examples:
       streaming-polyak verify average.keras
       streaming-polyak verify run/members/*.keras
     """  # noqa: D301
-    reports, failed = [], False
-    for path in find_checkpoints(files):
+    reports: list[dict[str, Any]] = []
+    failed = False
+    runs = [file for file in files if RunFolder(file).saved()]
+    for folder in runs:
+        found = run_status(Path(folder))
+        wrong = [f"{c['path']}: {c['wrong']}" for c in found.checkpoints if c["wrong"] is not None]
+        failed = failed or bool(wrong)
+        reports.append({"ok": not wrong, **found.to_json()})
+        if not as_json:
+            _say(str(found))
+        for reason in wrong:
+            _say(f"Error: {reason}", err=True)
+    others = [file for file in files if file not in runs]
+    for path in find_checkpoints(others) if others else []:
         try:
             report = verify_checkpoint(path, progress=True)
         except (StreamingPolyakError, OSError) as error:
@@ -403,6 +420,75 @@ def verify(files: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         _say(json.dumps(reports, indent=1))
     if failed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("function", metavar="MODULE:FUNCTION")
+@click.option("--run-dir", type=_PATH, required=True, help="The folder of the run.")
+@click.option("--epochs", type=click.IntRange(1), help="The epoch to train to, instead of what FUNCTION says.")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "must", "never"]),
+    default="auto",
+    show_default=True,
+    help="Go on with the run in the folder if there is one; insist on one; refuse a folder that has one.",
+)
+def train(function: str, run_dir: Path, epochs: int | None, resume: str) -> None:
+    """Train as FUNCTION says, in a run folder; the same command goes on where a killed one stopped.
+
+    FUNCTION gets the run folder as a Path and returns a Trainer and the arguments of its fit, as a dict. MODULE is a
+    name or a path ending in .py.
+
+    \b
+      # job.py
+      import keras, streaming_polyak as sp
+      def make(run_dir):
+          keras.utils.set_random_seed(0)
+          model = ...                                        # compiled
+          averages = {"mean": sp.Average(sp.MEAN, start=5)}
+          trainer = sp.Trainer(model, averages, run_dir=run_dir, save_every="5 min")
+          return trainer, {"x": x, "y": y, "epochs": 20, "validation_data": (x_val, y_val)}
+
+    SIGTERM and Ctrl-C end it saved, with the status 143 or 130; a second one ends it at once.
+
+    \b
+    Examples:
+      streaming-polyak train job.py:make --run-dir runs/1
+      streaming-polyak train jobs.text:make --run-dir runs/2 --epochs 50 --resume must
+    """  # noqa: D301
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    made = _load(function, "MODULE:FUNCTION")(run_dir)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Mapping)):
+        raise click.UsageError(
+            f"{function} must return a Trainer and a dict of arguments for its fit, got {made!r:.100}."
+        )
+    trainer, arguments = made
+    if getattr(trainer, "run_dir", None) is None or trainer.run_dir.resolve() != run_dir.resolve():
+        raise click.UsageError(f"{function} must return a Trainer whose run_dir is the one that it got, {run_dir}.")
+    chosen = {"resume": resume} if epochs is None else {"resume": resume, "epochs": epochs}
+    with _told(function):
+        history = trainer.fit(**{**arguments, **chosen})
+    last = {name: values[-1] for name, values in history.history.items()}
+    scores = ", ".join(f"{name}={value:.4g}" for name, value in last.items() if isinstance(value, float))
+    _say(f"{run_dir}: {len(history.epoch)} epochs; {scores}")
+
+
+@main.command()
+@click.argument("folder", type=_PATH, metavar="RUN_DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def status(folder: Path, as_json: bool) -> None:
+    """Show what a run has reached: its checkpoints, whether they are whole, and who is at work in it.
+
+    Exit status 1 if there is no run, or none of its checkpoints is whole.
+
+    \b
+    Example:
+      streaming-polyak status runs/1
+    """  # noqa: D301
+    found = run_status(folder)
+    _say(json.dumps(found.to_json(), indent=1) if as_json else str(found))
+    if not found.usable:
         raise click.exceptions.Exit(1)
 
 
@@ -535,43 +621,44 @@ def _check_outputs(
             raise FileExistsError(f"{best} exists already. Choose another name, or give --overwrite to replace it.")
 
 
-def _load(function: str) -> Callable[[Any], Any]:
-    """Returns the callable that MODULE:NAME or PATH.py:NAME stands for; what it raises is told as the user's error."""
+def _load(function: str, hint: str) -> Callable[[Any], Any]:
+    """Returns the callable that MODULE:NAME or PATH.py:NAME stands for; what it raises is told as the user's error.
+
+    `hint` says where the name was given, for messages.
+    """
     module, colon, name = function.rpartition(":")
     if not (module and colon and name):
-        raise click.BadParameter(f"{function!r} is not of the form MODULE:FUNCTION", param_hint="--evaluate")
+        raise click.BadParameter(f"{function!r} is not of the form MODULE:FUNCTION", param_hint=hint)
     try:
         # Their folder goes behind all others in sys.path, so that no file in it hides a module that is imported later.
         with _told(function):
             if module.endswith(".py"):
-                loaded = _from_path(Path(module).resolve())
+                loaded = _from_path(Path(module).resolve(), hint)
             else:
                 sys.path.append(os.getcwd())
                 loaded = importlib.import_module(module)
     except _UserError as error:
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
         if missing is not None and f"{module}.".startswith(f"{missing}."):
-            raise click.BadParameter(
-                f"{function!r} cannot be loaded: {error.__cause__}", param_hint="--evaluate"
-            ) from error
+            raise click.BadParameter(f"{function!r} cannot be loaded: {error.__cause__}", param_hint=hint) from error
         raise
     found = getattr(loaded, name, None)
     if not callable(found):
         reason = "is not callable" if hasattr(loaded, name) else f"cannot be loaded: {loaded.__file__} has no such name"
-        raise click.BadParameter(f"{function!r} {reason}", param_hint="--evaluate")
+        raise click.BadParameter(f"{function!r} {reason}", param_hint=hint)
 
-    def evaluate(tensors: Any) -> Any:
+    def call(argument: Any) -> Any:
         with _told(function):
-            return found(tensors)
+            return found(argument)
 
-    return evaluate
+    return call
 
 
-def _from_path(path: Path) -> ModuleType:
+def _from_path(path: Path, hint: str) -> ModuleType:
     if not path.is_file():
-        raise click.BadParameter(f"{path} cannot be loaded: there is no such file", param_hint="--evaluate")
+        raise click.BadParameter(f"{path} cannot be loaded: there is no such file", param_hint=hint)
     sys.path.append(str(path.parent))
-    name = path.stem if path.stem not in sys.modules else f"{path.stem} of --evaluate"
+    name = path.stem if path.stem not in sys.modules else f"{path.stem} of {hint}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # the name ends in .py
     assert spec.loader is not None

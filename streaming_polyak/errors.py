@@ -17,6 +17,17 @@ class RunLockedError(StreamingPolyakError, RuntimeError):
     """Another process is training in the same run folder."""
 
 
+class Interrupted(SystemExit):
+    """SIGTERM or Ctrl-C came while a run was training; it has been saved, and the same call goes on with it.
+
+    A `SystemExit`, so that a script that does not catch it ends with the usual status, 128 + the signal's number.
+    """
+
+    def __init__(self, number: int, folder: object) -> None:
+        super().__init__(128 + number)
+        self.number, self.folder = number, folder
+
+
 class CheckpointError(StreamingPolyakError, ValueError):
     """A checkpoint file is refused: damaged, hostile, of an unknown format, or not of the same model as the others.
 

@@ -145,13 +145,13 @@ class RunFolder:
             save: which save of the run this is, counted from 1.
 
         Raises:
-            FileExistsError: there is one of this step.
             OSError: the disk refused; the older ones are as they were.
         """
         path = self.checkpoints_folder / f"step-{step:012d}.safetensors"
         self._storage.commit(
             path,
             lambda temporary: write_run_checkpoint(temporary, parts, state, step=step, save=save, disk=self._disk),
+            overwrite=path.exists(),  # by what is later in the same step, such as after validation
         )
         self._retire(step)
         return path

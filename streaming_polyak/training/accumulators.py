@@ -10,6 +10,7 @@ the weights for all averages that are due, after a pass that lets nothing throug
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import keras
@@ -18,6 +19,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from streaming_polyak.schedule import Average
+from streaming_polyak.training.state import Slot, array_of, place, variable_slot
 
 Array = NDArray[Any]
 Variables = Mapping[str, keras.Variable]
@@ -42,7 +44,7 @@ def view(variable: keras.Variable) -> Array:
 
     While the array lives, TensorFlow gives the variable new memory when it changes; so let it go soon.
     """
-    return _array(variable.value.read_value())
+    return array_of(variable.value.read_value())
 
 
 def largest(variable: keras.Variable) -> float:
@@ -83,6 +85,19 @@ class HostAccumulators:
             np.copyto(m, values[path], casting="unsafe")
         self._n[name] = n
 
+    def slots(self) -> dict[str, Slot]:
+        """Returns all that it remembers: the counters, and the averages by name and path."""
+        names = list(self._n)
+
+        def set_counts(counts: Array) -> None:
+            self._n.update(zip(names, counts.tolist(), strict=True))
+
+        slots = {"n": Slot("int64", (len(names),), lambda: np.array(list(self._n.values()), np.int64), set_counts)}
+        for name, averages in self._m.items():
+            for k, (path, m) in enumerate(averages.items()):
+                slots[f"{name}/{place(k, path)}"] = Slot(m.dtype.name, m.shape, lambda m=m: m, partial(np.copyto, m))  # type: ignore[misc]
+        return slots
+
     def update(self, epoch: int) -> str | None:
         """Takes the weights after `epoch` into every average that is due.
 
@@ -95,12 +110,12 @@ class HostAccumulators:
         values = {path: variable.value.read_value() for path, variable in self._variables.items()}  # no copies
         floats = {path for path, variable in self._variables.items() if is_averaged(variable)}
         for path in self._variables:
-            if path in floats and not _can_be_averaged(_array(values[path]), self._limits[path]):
+            if path in floats and not _can_be_averaged(array_of(values[path]), self._limits[path]):
                 return path
         coefficients = {name: self._averages[name].weighting(self._n[name] + 1) for name in due}
         buffer = np.empty(_BLOCK, np.float64)
         for path in self._variables:
-            w = _array(values.pop(path))
+            w = array_of(values.pop(path))
             if path in floats:
                 _move([(self._m[name][path], c) for name, c in coefficients.items()], w, buffer)
             else:
@@ -168,6 +183,16 @@ class GraphAccumulators:
             copies[j].assign(values[path])
         self._n[j].assign(n)
 
+    def slots(self) -> dict[str, Slot]:
+        """Returns all that it remembers: the counters, the averages of each path together, what was refused."""
+        slots = {"n": variable_slot(self._n), "refused": variable_slot(self._refused)}
+        for k, (path, m) in enumerate(self._m.items()):
+            slots[f"all/{place(k, path)}"] = variable_slot(m)
+        for k, (path, copies) in enumerate(self._newest.items()):
+            for j, newest in enumerate(copies):
+                slots[f"newest/{j}/{place(k, path)}"] = variable_slot(newest)
+        return slots
+
     def update(self, step: tf.Tensor) -> None:
         """Takes the weights after `step` (int64 scalar, from 0) into every average that is due; called in a graph.
 
@@ -225,10 +250,6 @@ def _initial(variable: keras.Variable) -> Array:
     if is_averaged(variable):
         return np.full(variable.shape, 0, accumulator_dtype(variable))
     return view(variable).copy()
-
-
-def _array(value: tf.Tensor) -> Array:
-    return np.asarray(value if value.shape.rank else value.numpy())  # a bfloat16 scalar is no array to NumPy
 
 
 def _can_be_averaged(w: Array, limit: float) -> bool:

@@ -19,6 +19,7 @@ import tensorflow as tf
 from streaming_polyak.errors import NonFiniteError, SwapError
 from streaming_polyak.schedule import Average
 from streaming_polyak.training.accumulators import Array, GraphAccumulators, HostAccumulators, is_averaged, view
+from streaming_polyak.training.state import Slot
 
 logger = logging.getLogger("streaming_polyak")
 
@@ -148,6 +149,13 @@ class Averages:
                 yield
             finally:
                 self._in_model = None
+
+    def slots(self) -> dict[str, Slot]:
+        """Returns all that the averages are."""
+        slots = {f"average/epoch/{name}": slot for name, slot in self._host.slots().items()}
+        if self._graph is not None:
+            slots |= {f"average/step/{name}": slot for name, slot in self._graph.slots().items()}
+        return slots
 
     def adopt(self, name: str, n: int) -> None:
         """Makes what the model holds now the average `name` of `n` members."""

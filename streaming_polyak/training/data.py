@@ -6,7 +6,12 @@ many steps a call and memory-mapped arrays stay on disk. Everything else becomes
 
 from __future__ import annotations
 
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import keras
@@ -14,7 +19,14 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+logger = logging.getLogger("streaming_polyak")
+
 CHUNK_BYTES = 16 * 2**20
+
+_PLAIN = re.compile(
+    "(Range|Tensor|TensorSlice|Shuffle|(Padded|Parallel)?Batch|(Parallel)?Map|Prefetch|Take|Skip|Filter|"
+    "Shard|Options|Model|FixedLengthRecord|TextLine|TFRecord|Generator|MapAndBatch|Window)Dataset(V[0-9])?$"
+)
 
 _EMPTY = "Expected a data set with at least one batch, got an empty one."
 
@@ -40,8 +52,8 @@ class Batches(Protocol):
     steps: int | None
     """Batches in an epoch, if known beforehand."""
 
-    def epoch(self, epoch: int) -> Feed:
-        """Returns a feed of the batches of `epoch` (counted from 0)."""
+    def epoch(self, epoch: int, done: int = 0) -> Feed:
+        """Returns a feed of the batches of `epoch` (counted from 0), without the first `done` of them."""
 
     def specs(self) -> Any:
         """Returns what a batch looks like: (x,), (x, y) or (x, y, sample_weight) of tf.TensorSpec, batch axis None."""
@@ -49,14 +61,30 @@ class Batches(Protocol):
     def end_epoch(self) -> None:
         """Is called after each epoch of training."""
 
+    def describe(self) -> dict[str, Any]:
+        """Returns what a resumed run must have the same of, as JSON values."""
+
+    def check_resumable(self) -> None:
+        """Checks that a later process can go on where this one stopped.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Returns what (epoch, done) alone do not tell of where the batches are."""
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Goes to where `state` was; the next call of `epoch` has the `epoch` and `done` of that time."""
+
 
 class RowFeed:
     """Rows of arrays in a given order, handed out as chunks of whole batches."""
 
-    def __init__(self, data: Any, order: NDArray[np.int64] | None, rows: int, batch_size: int) -> None:
+    def __init__(self, data: Any, order: NDArray[np.int64] | None, rows: int, batch_size: int, done: int = 0) -> None:
         self.batch_size = batch_size
         self._data, self._order, self._rows = data, order, rows
-        self._next = 0  # the first row that was not handed out
+        self._next = min(done * batch_size, rows)  # the first row that was not handed out
         self._chunk: Any = None
         self._chunk_first = self._chunk_end = 0
         row_bytes = sum(a.nbytes // max(1, len(a)) for a in keras.tree.flatten(data))
@@ -117,11 +145,11 @@ class ArrayBatches:
             )
         self.steps: int | None = steps or available
 
-    def epoch(self, epoch: int) -> RowFeed:
+    def epoch(self, epoch: int, done: int = 0) -> RowFeed:
         """Returns a feed of the batches of `epoch`."""
         order = None if self._seed is None else epoch_order(self._seed, epoch, self._rows)
         rows = min(self._rows, (self.steps or 0) * self._batch_size)
-        return RowFeed(self._data, order, rows, self._batch_size)
+        return RowFeed(self._data, order, rows, self._batch_size, done)
 
     def specs(self) -> Any:
         """Returns what a batch looks like."""
@@ -130,17 +158,37 @@ class ArrayBatches:
     def end_epoch(self) -> None:
         """Does nothing: the next order needs no state."""
 
+    def describe(self) -> dict[str, Any]:
+        """Returns number of rows, batch size and so on."""
+        return {
+            "kind": "arrays",
+            "rows": self._rows,
+            "batch_size": self._batch_size,
+            "steps_per_epoch": self.steps,
+            "shuffle": self._seed is not None,
+        }
+
+    def check_resumable(self) -> None:
+        """Does nothing: any place in any epoch can be gone to."""
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Returns nothing: (seed, epoch, done) tell all."""
+        return {}
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Does nothing."""
+
 
 class IteratorFeed:
     """What is left of one epoch of a data set."""
 
     def __init__(self, source: DatasetBatches, steps: int | None) -> None:
         self._source, self._left = source, steps
-        self._fresh = self._ended = False
+        self._fresh = self.ended = False
 
     def more(self) -> bool:
         """Whether batches may be left."""
-        return not self._ended and self._left != 0
+        return not self.ended and self._left != 0
 
     def take(self, steps: int) -> tuple[Any, int]:
         """Returns (iterator, how many batches to take from it at most); `took` must be told what came of it."""
@@ -149,13 +197,14 @@ class IteratorFeed:
 
     def took(self, asked: int, steps: int) -> None:
         """Notes that `asked` batches were wanted and `steps` of them there; fewer is the end of the data set."""
+        self._source.took(steps)
         if self._left is not None:
             self._left -= steps
         if steps < asked:
             if self._fresh and not steps:
                 raise ValueError(_EMPTY)
             self._source.rewind()
-            self._ended = self._source.whole
+            self.ended = self._source.whole
 
 
 @dataclass
@@ -172,6 +221,10 @@ class DatasetBatches:
     dataset: tf.data.Dataset
     steps: int | None = None
     _iterator: Any = field(default=None, init=False)
+    _passes: int = field(default=0, init=False)  # how many were begun
+    _taken: int = field(default=0, init=False)  # batches of the last one
+    _anchor: dict[str, NDArray[Any]] = field(default_factory=dict, init=False)  # its state before its first batch
+    _anchored: bool = field(default=False, init=False)  # whether to keep that
     whole: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -187,18 +240,28 @@ class DatasetBatches:
         if self.steps is None and cardinality > 0:
             self.steps = cardinality
 
-    def epoch(self, epoch: int) -> IteratorFeed:
-        """Returns a feed of the batches of `epoch`."""
-        if self.whole:
+    def epoch(self, epoch: int, done: int = 0) -> IteratorFeed:
+        """Returns a feed of the batches of `epoch`; those that are done have been read from the open iterator."""
+        if self.whole and not done:
             self.rewind()
-        return IteratorFeed(self, self.steps)
+        feed = IteratorFeed(self, None if self.steps is None else self.steps - done)
+        feed.ended = self.whole and done > 0 and self._iterator is None
+        return feed
 
     def iterator(self) -> tuple[Any, bool]:
         """Returns the open iterator, and whether nothing was read from it yet."""
         if self._iterator is not None:
             return self._iterator, False
         self._iterator = iter(self.dataset)
+        self._passes += 1
+        self._taken = 0
+        if self._anchored:
+            self._anchor = _saved(self._iterator)
         return self._iterator, True
+
+    def took(self, count: int) -> None:
+        """Notes that batches were taken from the open iterator."""
+        self._taken += count
 
     def rewind(self) -> None:
         """Makes the next batch the first of a new pass."""
@@ -210,6 +273,67 @@ class DatasetBatches:
 
     def end_epoch(self) -> None:
         """Does nothing: a data set shuffles itself."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what its batches look like, and how many an epoch has."""
+        spec = keras.tree.map_structure(str, keras.tree.flatten(self.dataset.element_spec))
+        return {"kind": "tf.data.Dataset", "element_spec": spec, "steps_per_epoch": self.steps}
+
+    def check_resumable(self) -> None:
+        """Checks that the order of the data set is not another one in each process."""
+        nodes = list(_nodes(self.dataset))
+        for node in nodes:
+            if _is_unseeded(node):
+                raise ValueError(
+                    f"Expected a data set that gives the same batches in a resumed run, but its {node.op} has no seed. "
+                    "Give shuffle and random operations a seed, or call keras.utils.set_random_seed before the data "
+                    "set is made."
+                )
+        # A shuffle inside of something that begins it anew, such as repeat, draws seeds at times that no state tells.
+        shuffles = any(node.op.startswith("Shuffle") for node in nodes)
+        self._anchored = not shuffles or all(
+            _PLAIN.match(node.op) for node in nodes if node.op.endswith(("Dataset", "DatasetV2", "DatasetV3"))
+        )
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Returns how the pass began, as TensorFlow saves an iterator, and how much of it was read.
+
+        Not the iterator as it is: that of a shuffled data set that comes to its end is not restored rightly, in that
+        the next pass has another order (TensorFlow 2.21).
+        """
+        read = np.array([self._iterator is not None, self._passes, self._taken], np.int64)
+        return {"read": read, **self._anchor}
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Restores the beginning of the pass and reads on to where it was.
+
+        Where the iterator cannot be saved, as with Python code in it or a shuffle before a repeat, all passes are read
+        again.
+        """
+        is_open, self._passes, self._taken = (int(number) for number in state["read"])
+        self._anchor = {name: data for name, data in state.items() if name != "read"}
+        self._iterator = None
+        if not self._passes:
+            return
+        again = self._taken
+        if self._anchor:
+            iterator = iter(self.dataset)
+            with tempfile.TemporaryDirectory(prefix="streaming_polyak-") as folder:
+                for name, data in self._anchor.items():
+                    data.tofile(f"{folder}/iterator{name}")
+                tf.train.Checkpoint(iterator=iterator).read(f"{folder}/iterator").assert_consumed()
+        else:
+            logger.info("Reading %d passes of the data set again, as its iterator cannot be saved.", self._passes)
+            for _ in range(self._passes - 1):
+                for _ in self.dataset:
+                    pass
+            iterator = iter(self.dataset)
+        for _ in range(again):
+            next(iterator)
+        if is_open:
+            self._iterator = iterator
+        else:
+            next(iterator, None)
 
 
 class SequenceBatches:
@@ -236,17 +360,19 @@ class SequenceBatches:
         first, last = (keras.tree.map_structure(_plain, _as_tuple(source[i])) for i in (0, available - 1))
         self._specs = keras.tree.map_structure(_spec_of_both, first, last)
 
-    def epoch(self, epoch: int) -> IteratorFeed:
+    def epoch(self, epoch: int, done: int = 0) -> IteratorFeed:
         """Returns a feed of the batches of `epoch`."""
         if hasattr(self._source, "on_epoch_begin"):
             self._source.on_epoch_begin()
         order = np.arange(self._available)
         if self._seed is not None:
             order = epoch_order(self._seed, epoch, self._available)
-        dataset = tf.data.Dataset.from_tensor_slices(order[: self.steps]).map(
+        left = order[done : self.steps]
+        dataset = tf.data.Dataset.from_tensor_slices(left if len(left) else order).map(
             self._fetch, num_parallel_calls=max(1, self._source.workers), deterministic=True
         )
-        return DatasetBatches(dataset.prefetch(2)).epoch(epoch)
+        batches = DatasetBatches(dataset.prefetch(2))
+        return batches.epoch(epoch) if len(left) else IteratorFeed(batches, 0)
 
     def _fetch(self, index: tf.Tensor) -> Any:
         def read(i: Any) -> list[NDArray[Any]]:
@@ -264,6 +390,25 @@ class SequenceBatches:
     def end_epoch(self) -> None:
         """Tells the PyDataset, which may then change its own batches."""
         self._source.on_epoch_end()
+
+    def describe(self) -> dict[str, Any]:
+        """Returns number of batches and so on."""
+        return {
+            "kind": "PyDataset",
+            "batches": self._available,
+            "steps_per_epoch": self.steps,
+            "shuffle": self._seed is not None,
+        }
+
+    def check_resumable(self) -> None:
+        """Does nothing: any batch can be gone to; what the PyDataset itself remembers is its own matter."""
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Returns nothing: (seed, epoch, done) tell all."""
+        return {}
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Does nothing."""
 
 
 def make_batches(
@@ -305,6 +450,42 @@ def make_batches(
         raise ValueError("Expected y together with sample_weight, got sample_weight alone.")
     data = (x, y, sample_weight)[: 1 + (y is not None) + (sample_weight is not None)]
     return ArrayBatches(data, batch_size or 32, seed, steps)
+
+
+def _saved(iterator: Any) -> dict[str, NDArray[Any]]:
+    """Returns the state of an iterator, as the files of a TensorFlow checkpoint; nothing if it cannot be saved."""
+    with tempfile.TemporaryDirectory(prefix="streaming_polyak-") as folder:
+        try:
+            tf.train.Checkpoint(iterator=iterator).write(f"{folder}/iterator")
+        except (tf.errors.FailedPreconditionError, tf.errors.UnimplementedError):  # Python code is part of it
+            return {}
+        return {
+            path.name.removeprefix("iterator"): np.fromfile(path, np.uint8) for path in sorted(Path(folder).iterdir())
+        }
+
+
+def _nodes(dataset: tf.data.Dataset) -> Iterator[Any]:
+    """Yields the nodes of the graph of a data set, and of the functions in it."""
+    ignore = 1  # state outside of the graph, such as Python's
+    serialized = tf.raw_ops.DatasetToGraphV2(input_dataset=dataset._variant_tensor, external_state_policy=ignore)
+    graph = tf.compat.v1.GraphDef.FromString(serialized.numpy())
+    yield from graph.node
+    constants = {node.name: node for node in graph.node}
+    for function in graph.library.function:
+        yield from function.node_def
+    for node in graph.node:
+        if node.op.startswith("Shuffle"):
+            seeds = [constants.get(name.split(":")[0]) for name in node.input[2:4]]
+            if all(seed is not None and not tf.make_ndarray(seed.attr["value"].tensor) for seed in seeds):
+                node.attr["_unseeded"].b = True
+                yield node
+
+
+def _is_unseeded(node: Any) -> bool:
+    attributes = node.attr
+    if "_unseeded" in attributes:
+        return True
+    return "seed" in attributes and "seed2" in attributes and not (attributes["seed"].i or attributes["seed2"].i)
 
 
 def _array(leaf: Any) -> NDArray[Any]:

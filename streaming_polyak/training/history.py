@@ -27,5 +27,8 @@ class History(keras.callbacks.History):  # type: ignore[misc]  # Keras has no ty
 
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Writes a CSV file: a column "epoch" (from 0), then one a name; a row an epoch. Replaces a file `path`."""
-        rows = zip(self.epoch, *self.history.values(), strict=True)
-        write_csv(Path(path), ["epoch", *self.history], rows)
+        write_csv(Path(path), *self.rows())
+
+    def rows(self) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """Returns the header and the rows of `to_csv`."""
+        return ["epoch", *self.history], list(zip(self.epoch, *self.history.values(), strict=True))

@@ -9,13 +9,15 @@ average has begun it is not called at the end of an epoch. All other callbacks s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import keras
+from numpy.typing import NDArray
 
 from streaming_polyak.training.averages import Averages
+from streaming_polyak.training.state import decode, encode, plain_attributes
 
 _FIXED_COLUMNS = (keras.callbacks.History, keras.callbacks.CSVLogger)
 
@@ -48,6 +50,7 @@ class Hooks:
     ) -> None:
         self._callbacks, self._averages = list(callbacks), averages
         self._counts: dict[tuple[str, int], int] = {}
+        self._at_first: list[dict[str, Any]] = []
         names = list(names)
         for callback in self._callbacks:
             _check(callback, names)
@@ -66,6 +69,46 @@ class Hooks:
     def has_batch_hooks(self) -> bool:
         """Whether some callback is called at batches at all."""
         return bool(self._on_batches)
+
+    def begin(self) -> None:
+        """Calls `on_train_begin`."""
+        self.call("on_train_begin")
+        self._at_first = [_encoded(callback) for callback in self._callbacks]
+
+    def state(self, arrays: dict[str, NDArray[Any]]) -> list[Any]:
+        """Returns what the callbacks remember, as JSON; arrays in it are put into `arrays`.
+
+        Of a callback with `get_state` it is what that gives, else those of its attributes that are plain (numbers,
+        texts, arrays, and lists, tuples, dicts and sets of them) and not what they were when the training began.
+        """
+        said: list[Any] = [encode([[*key, n] for key, n in self._counts.items()], "callbacks/counts", arrays)]
+        for k, (callback, before) in enumerate(zip(self._callbacks, self._at_first, strict=True)):
+            if hasattr(callback, "get_state"):
+                said.append(encode(callback.get_state(), f"callbacks/{k}", arrays))
+                continue
+            changed = {}
+            for name, value in plain_attributes(callback).items():
+                held: dict[str, NDArray[Any]] = {}
+                encoded = encode(value, f"callbacks/{k}/{name}", held)
+                if held or name not in before or before[name] != encoded:
+                    changed[name] = encoded
+                    arrays.update(held)
+            said.append(changed)
+        return said
+
+    def restore(self, said: list[Any], read: Callable[[str], NDArray[Any]]) -> None:
+        """Has the callbacks remember what they did when `state` was called; after `begin`."""
+        self._counts = {(name, epoch): n for name, epoch, n in decode(said[0], read)}
+        for callback, state in zip(self._callbacks, said[1:], strict=True):
+            if hasattr(callback, "set_state"):
+                callback.set_state(decode(state, read))
+            else:
+                vars(callback).update({name: decode(value, read) for name, value in state.items()})
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of the callbacks, in order."""
+        return [type(callback).__name__ for callback in self._callbacks]
 
     def batch_begin(self, batch: int) -> None:
         """Before the steps from batch number `batch` of the epoch on."""
@@ -130,6 +173,10 @@ class Hooks:
                 yield
             finally:
                 callback.monitor = monitor
+
+
+def _encoded(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    return {name: encode(value, "", {}) for name, value in plain_attributes(callback).items()}
 
 
 def scored_name(name: str, average: str) -> str:

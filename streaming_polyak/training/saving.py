@@ -45,6 +45,7 @@ class MemberFiles:
     def __init__(self, members: Members | None) -> None:
         self._members = members
         self._kept: list[Path] = []
+        self._resumed = False
 
     @property
     def paths(self) -> list[Path]:
@@ -67,13 +68,21 @@ class MemberFiles:
                     "Members(..., overwrite=True) to replace it."
                 )
 
+    def resume(self, epoch: int) -> None:
+        """Takes over the members that this run kept before `epoch`; later ones are of work that was lost, and go."""
+        members = self._members
+        if members is None:
+            return
+        kept = [path for k in range(epoch) if members.due(k) and (path := members.path(k)).exists()]
+        self._kept, self._resumed = kept[-(members.newest or len(kept)) :], True
+
     def keep(self, model: keras.Model, epoch: int) -> None:
         """Saves what the model holds if `epoch` is due, then deletes those that are no longer among the newest."""
         members = self._members
         if members is None or not members.due(epoch):
             return
         path = members.path(epoch)
-        save(model, path, overwrite=members.overwrite)
+        save(model, path, overwrite=members.overwrite or self._resumed)
         self._kept = [*(kept for kept in self._kept if kept != path), path]
         while members.newest is not None and len(self._kept) > members.newest:
             Storage().remove(self._kept.pop(0))

@@ -6,8 +6,9 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -19,18 +20,26 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from streaming_polyak.errors import NonFiniteError, SwapError
+from streaming_polyak.files.meter import hidden
+from streaming_polyak.files.run_folder import RunFolder
 from streaming_polyak.schedule import Average, Members, check_averages
-from streaming_polyak.training.averages import Averages, unchanged
+from streaming_polyak.training.averages import Averages, unchanged, variables_by_path
 from streaming_polyak.training.data import Batches, make_batches
 from streaming_polyak.training.history import History
 from streaming_polyak.training.hooks import Hooks, scored_name
 from streaming_polyak.training.loop import Loop, evaluation_step, loss_of, train_step
+from streaming_polyak.training.run import Position, Resume, Run, SaveEvery
 from streaming_polyak.training.saving import MemberFiles, save
+from streaming_polyak.training.state import Slot, variable_slots
 
 logger = logging.getLogger("streaming_polyak")
 
 _CALL_SECONDS = 0.5  # of compiled steps between two looks at the clock, the bar and Ctrl-C
 _EVALUATION_STEPS = 128  # in one call, without a look at the clock
+
+
+class _Signalled(Exception):
+    """A signal came while scores were computed."""
 
 
 class Trainer:
@@ -44,6 +53,14 @@ class Trainer:
         members: which raw weights to keep as files.
         on_nonfinite: when NaN or infinity in a weight keeps an update of the averages from being made: "raise" a
             `NonFiniteError`, or "skip" that update and log a warning.
+        run_dir: the folder of the run. With it, the run is saved as it goes, and the same call of `fit` in another
+            process goes on where this one was killed, with the same bits. `None` saves nothing.
+        save_every: how often: "1 epoch", "500 steps", "10 min". `None` is each epoch, but at most once a minute. The
+            end of a run is always saved.
+        keep: how many of the newest checkpoints are kept, at least 2.
+        keep_every: besides, every so many saves is kept for good; `None` for none.
+        memory: "low": training waits while it is saved, from where things are to the disk; "high": things are copied
+            once, and written while training goes on.
 
     Raises:
         ValueError: the model is not compiled, Keras does not run on TensorFlow, the model has a training step of its
@@ -62,6 +79,11 @@ class Trainer:
         seed: int = 0,
         members: Members | None = None,
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        run_dir: str | PathLike[str] | None = None,
+        save_every: str | None = None,
+        keep: int = 3,
+        keep_every: int | None = None,
+        memory: Literal["low", "high"] = "low",
     ) -> None:
         if keras.backend.backend() != "tensorflow":
             raise ValueError(
@@ -93,6 +115,11 @@ class Trainer:
         self.seed = int(seed)
         self.members = members
         self._on_nonfinite = on_nonfinite
+        if memory not in ("low", "high"):
+            raise ValueError(f'Expected memory="low" or "high", got memory={memory!r}.')
+        self._save_every, self._memory = SaveEvery.parse(save_every), memory
+        self._run_folder = None if run_dir is None else RunFolder(run_dir, keep=keep, keep_every=keep_every)
+        self._run: Run | None = None
         self._member_files = MemberFiles(members)
         self._state: Averages | None = None
         self._loss = keras.metrics.Mean(name="loss")
@@ -100,6 +127,11 @@ class Trainer:
         self._steps_a_call = 1
         self._train_loop: Loop
         self._evaluation_loop: Loop
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The folder of the run, if there is one."""
+        return None if self._run_folder is None else self._run_folder.path
 
     @property
     def member_paths(self) -> list[Path]:
@@ -127,8 +159,15 @@ class Trainer:
         steps_per_epoch: int | None = None,
         callbacks: keras.callbacks.Callback | Iterable[keras.callbacks.Callback] | None = None,
         progress: bool = True,
+        resume: Resume = "auto",
     ) -> History:
         """Trains the model.
+
+        With a run folder: SIGTERM and Ctrl-C end it after the steps that are being made, saved, with `Interrupted` (a
+        `SystemExit` of status 143 or 130); a second one ends the process at once. What the callbacks of Keras remember
+        (`EarlyStopping`, `ReduceLROnPlateau`, `ModelCheckpoint`, ...) is saved with the run, as are the plain
+        attributes of other callbacks, or what their `get_state` gives to be handed to their `set_state`. `CSVLogger`
+        needs `append=True`, and `BackupAndRestore` is not needed.
 
         Args:
             x: arrays, tuples, lists or dicts of arrays with one row a sample, a `tf.data.Dataset` of batches, or a
@@ -149,6 +188,8 @@ class Trainer:
             callbacks: `keras.callbacks`. One that monitors an average, such as "val_loss[mean]", works on the average
                 (see `streaming_polyak.training.hooks`).
             progress: show a bar over the epochs, if the error output is a terminal.
+            resume: with a run folder: "auto" goes on with the run in it, if there is one; "must" insists on one;
+                "never" refuses a folder that has one.
 
         Returns:
             The history; `trainer.history` has it too, as far as it came if `fit` raises. `history.history` has a list
@@ -160,8 +201,13 @@ class Trainer:
             SwapError: an average is in the model.
             FileExistsError: a member's file is there already; nothing was trained.
             ValueError: arguments that do not go together, or data that does not fit.
+            CheckpointError: the run in the folder is another one, or none of its checkpoints is whole.
+            RunLockedError: another process is at work in the folder.
+            Interrupted: a signal came; the run is saved.
         """
         self._refuse_inside("fit")
+        if resume not in ("auto", "must", "never"):
+            raise ValueError(f'Expected resume="auto", "must" or "never", got resume={resume!r}.')
         if not (isinstance(epochs, int) and isinstance(initial_epoch, int) and 0 <= initial_epoch < epochs):
             raise ValueError(
                 f"Expected 0 <= initial_epoch < epochs, got initial_epoch={initial_epoch}, epochs={epochs}."
@@ -170,12 +216,34 @@ class Trainer:
         batches = make_batches(x, y, sample_weight, batch_size=batch_size, seed=seed, steps=steps_per_epoch)
         validation = None if validation_data is None else _validation_batches(validation_data, batch_size)
         validates = _predicate(validation_freq)
-        self._member_files.check(range(initial_epoch, epochs))
+        callbacks = [callbacks] if isinstance(callbacks, keras.callbacks.Callback) else list(callbacks or [])
+        if self._run_folder is None:
+            return self._fit(batches, validation, validates, Position(initial_epoch), epochs, callbacks, progress)
+        skip = self._on_nonfinite == "skip"
+        self._run = Run(self._run_folder, self._save_every, self._memory, skip_nonfinite=skip)
+        try:
+            with self._run.held():
+                self._run.find(resume)
+                return self._fit(batches, validation, validates, Position(initial_epoch), epochs, callbacks, progress)
+        finally:
+            self._run = None
+
+    def _fit(
+        self,
+        batches: Batches,
+        validation: Batches | None,
+        validates: Callable[[int], bool],
+        position: Position,
+        epochs: int,
+        callbacks: list[keras.callbacks.Callback],
+        progress: bool,
+    ) -> History:
+        run = self._run
+        if run is None or not run.resumes:
+            self._member_files.check(range(position.epoch, epochs))
         self._build(batches)
         averages = self._built_averages()
-
         history = self.history = self.model.history = History()
-        callbacks = [callbacks] if isinstance(callbacks, keras.callbacks.Callback) else list(callbacks or [])
         params = {"epochs": epochs, "steps": batches.steps, "verbose": 0}
         trained = list(self._results())
         scored = [] if validation is None else [f"val_{name}" for name in trained]
@@ -183,36 +251,49 @@ class Trainer:
             scored += [scored_name(name, average) for average in self.averages for name in trained]
         hooks = Hooks([*callbacks, history], self.model, averages, [*trained, *scored], params)
         self.model.stop_training = False
-        logs: dict[str, Any] = {}
-        hooks.call("on_train_begin")
+        if run is not None:
+            run.attach(self._slots, batches, hooks, history, {**self._signature(), "scores": [*trained, *scored]})
+        hooks.begin()
+        if run is not None and run.resumes:
+            position = run.restore()
+            self._member_files.resume(position.epoch + (position.phase == "validate"))
+        logs = dict(position.logs)
         bar = tqdm(
             total=epochs,
-            initial=initial_epoch,
+            initial=position.epoch,
             unit="epoch",
-            disable=None if progress else True,
+            disable=hidden(progress),
             dynamic_ncols=True,
         )
         with bar:
-            for epoch in range(initial_epoch, epochs):
-                hooks.call("on_epoch_begin", epoch)
-                complete = self._train_epoch(batches, epoch, hooks, bar)
-                logs = self._results()
-                batches.end_epoch()
-                if complete:
-                    self._average(epoch)
-                    self._member_files.keep(self.model, epoch)
+            while position.epoch < epochs and not position.stopped:
+                epoch = position.epoch
+                if position.phase == "train":
+                    position, complete = self._train_epoch(batches, position, hooks, bar)
+                    logs = self._results()
+                    batches.end_epoch()
+                    if complete:
+                        self._average(epoch)
+                        self._member_files.keep(self.model, epoch)
+                    position = replace(position, phase="validate", logs=dict(logs))
                 scores: dict[str, Any] = {}
                 if validation is not None and validates(epoch):
                     hooks.call("on_test_begin")
-                    scores = self._validate(validation)
+                    try:
+                        scores = self._validate(validation)
+                    except _Signalled:
+                        assert run is not None
+                        run.end(position)
                     hooks.call("on_test_end", {name: scores[f"val_{name}"] for name in logs})
                 missing = set(scored) - set(scores)
                 logs |= dict.fromkeys(scored, math.nan) | scores
                 hooks.epoch_end(epoch, logs, missing)
                 bar.update()
                 bar.set_postfix_str(_postfix(logs, missing))
-                if self.model.stop_training:
-                    break
+                stopped = bool(self.model.stop_training)
+                position = Position(epoch + 1, steps=position.steps, logs=dict(logs), stopped=stopped)
+                if run is not None:
+                    run.after_epoch(position, last=stopped or epoch + 1 == epochs)
         self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
         hooks.train_end(logs)
         return history
@@ -281,27 +362,58 @@ class Trainer:
             save(self.model, path, overwrite=overwrite)
         return path
 
-    def _train_epoch(self, batches: Batches, epoch: int, hooks: Hooks, bar: tqdm[Any]) -> bool:
-        """Makes the steps of one epoch; returns whether none were left out."""
-        self._reset()
-        feed, done = batches.epoch(epoch), 0
+    def _train_epoch(self, batches: Batches, position: Position, hooks: Hooks, bar: tqdm[Any]) -> tuple[Position, bool]:
+        """Makes the steps of one epoch that are not done; returns where it ended, and whether none were left out."""
+        if not position.done:
+            hooks.call("on_epoch_begin", position.epoch)
+            self._reset()
+        feed = batches.epoch(position.epoch, position.done)
         while feed.more() and not self.model.stop_training:
             steps = self.model.steps_per_execution if hooks.watches_batches else self._steps_a_call
-            hooks.batch_begin(done)
+            if self._run is not None:
+                steps = self._run.steps_until_save(position, steps)
+            hooks.batch_begin(position.done)
             started = time.perf_counter()
             made = self._train_loop(feed, steps)
             seconds = time.perf_counter() - started
-            done += made
+            position = replace(position, done=position.done + made, steps=position.steps + made)
             if hooks.has_batch_hooks and made:
-                hooks.batch_end(done - 1, self._results())
+                hooks.batch_end(position.done - 1, self._results())
             if made == self._steps_a_call:
                 # Twice as many at the most, so that one quick call does not lead to a very long one.
                 self._steps_a_call = max(1, min(2 * steps, int(steps * _CALL_SECONDS / max(seconds, 1e-9))))
             if self._on_nonfinite == "raise":
                 self._report(self._built_averages().check_steps)
-            bar.set_description(f"step {done}/{batches.steps or '?'}", refresh=False)
+            bar.set_description(f"step {position.done}/{batches.steps or '?'}", refresh=False)
+            if self._run is not None and not self.model.stop_training:
+                self._run.after_steps(position)
         self._report(self._built_averages().check_steps)
-        return not feed.more()
+        return position, not feed.more()
+
+    def _slots(self) -> dict[str, Slot]:
+        """Returns all tensors that the training consists of."""
+        metrics = [*self._loss.variables, *(v for metric in self.model.metrics for v in metric.variables)]
+        return {
+            **variable_slots("model", variables_by_path(self.model).values()),
+            **variable_slots("optimizer", self.model.optimizer.variables),
+            **variable_slots("metrics", metrics),
+            **self._built_averages().slots(),
+        }
+
+    def _signature(self) -> dict[str, Any]:
+        """Returns what a resumed run must have the same of."""
+        optimizer = self.model.optimizer
+        config = {k: v for k, v in optimizer.get_config().items() if k not in ("learning_rate", "name")}
+        return {
+            "seed": self.seed,
+            "optimizer": type(optimizer).__name__,
+            **{f"optimizer {k}": v for k, v in config.items() if v is None or isinstance(v, (bool, int, float, str))},
+            "jit_compile": bool(self.model.jit_compile),
+            **{
+                f"average {name}": f"{average.weighting} of every {average.every} {average.unit}s from {average.start}"
+                for name, average in self.averages.items()
+            },
+        }
 
     def _average(self, epoch: int) -> None:
         step = int(self.model.optimizer.iterations) - 1  # the last one, counted from 0
@@ -330,6 +442,8 @@ class Trainer:
             feed = batches.epoch(0)
             while feed.more():
                 self._evaluation_loop(feed, _EVALUATION_STEPS)
+                if self._run is not None and self._run.signalled:
+                    raise _Signalled
             return self._results()
 
     def _reset(self) -> None:
