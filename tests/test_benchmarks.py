@@ -70,3 +70,17 @@ def test_the_benchmark_of_the_sweep_finds_the_same_accuracies_the_tutorial_way()
     assert [row["way"] for row in said["rows"]] == ["ours", "tutorial"]
     assert [row["evaluations"] for row in said["rows"]] == [12, 12]
     assert said["largest_difference"] <= 0.0015
+
+
+def test_the_benchmark_of_saving_shows_what_a_save_costs():
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "save_run.py", "--parameters", "4e6", "--repeats", "2", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    low, high = json.loads(done.stdout)
+    assert (low["memory"], high["memory"]) == ("low", "high")
+    assert low["saved_mib"] > 4e6 * 5 * 4 / 2**20  # weights, two slots, two averages
+    assert low["passing_mib"] <= 64  # the bound that is promised
+    assert low["times_low"] == 1.0

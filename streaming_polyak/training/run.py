@@ -103,8 +103,8 @@ class Run:
     Args:
         folder: of the run.
         every: how often it is saved.
-        memory: "low": what is saved goes from where it is to the disk, while training waits; "high": it is copied
-            once, and written while training goes on.
+        memory: "low": what is saved goes from where it is to the disk, while training waits; "high": it is copied,
+            into memory that is kept, and written while training goes on.
         skip_nonfinite: whether a state with NaN or infinity is left unsaved, with a warning, or is an error.
     """
 
@@ -123,6 +123,7 @@ class Run:
         self._epochs_since = 0
         self._disk = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
+        self._copies: dict[str, Array] = {}
         self._signal = 0
         self._resumed: RunCheckpoint | None = None
 
@@ -270,12 +271,12 @@ class Run:
             "position": encode(asdict(position), "position", arrays),
             "callbacks": self._hooks.state(arrays),
         }
-        parts = [replace(slot.part(name), read=_finite(name, slot)) for name, slot in slots.items()]
-        parts += [Part.of(f"data/{name}", array) for name, array in data.items()]
-        parts += [Part.of(name, array) for name, array in arrays.items()]
+        parts = [slot.part(name) for name, slot in slots.items()]
         if self._memory == "high":
-            parts = [_copied(part) for part in parts]
-
+            parts = [self._copied(part) for part in parts]
+        parts = [replace(part, read=_finite(part)) for part in parts]
+        parts += [Part.of(f"data/{name}", array) for name, array in data.items()]
+        parts += [Part.of(name, np.array(array)) for name, array in arrays.items()]
         history = self._history.rows()
 
         def write() -> None:
@@ -293,6 +294,13 @@ class Run:
                 raise
             logger.warning("The run was not saved: %s", error)
         self._last_save, self._last_steps, self._epochs_since = time.monotonic(), position.steps, 0
+
+    def _copied(self, part: Part) -> Part:
+        """Returns a part whose array is a copy of the present one, in the memory that the last save's copy had."""
+        array = part.read()
+        copy = self._copies.setdefault(part.name, np.empty_like(array))
+        np.copyto(copy, array)
+        return replace(part, read=lambda: copy)
 
     def _check_writing(self) -> None:
         if self._writing is not None and self._writing.done():
@@ -330,26 +338,21 @@ class Run:
         raise Interrupted(self._signal, self._folder.path)
 
 
-def _finite(name: str, slot: Slot) -> Callable[[], Array]:
-    """Returns the reading of a slot, which must be finite: no run is saved with NaN in its weights."""
-    if slot.dtype not in FLOATS or name.startswith(("random/", "metrics/")):
-        return slot.read
+def _finite(part: Part) -> Callable[[], Array]:
+    """Returns the reading of a part, which must be finite: no run is saved with NaN in its weights."""
+    if part.dtype not in FLOATS or part.name.startswith(("random/", "metrics/")):
+        return part.read
 
     def read() -> Array:
-        array = slot.read()
+        array = part.read()
         flat = array.reshape(-1)
         with np.errstate(invalid="ignore"):
             finite = all(np.isfinite(flat[lo : lo + (1 << 20)]).all() for lo in range(0, flat.size, 1 << 20))
         if not finite:
-            raise NonFiniteError(f"Expected finite numbers in what is saved, but {name!r} holds NaN or infinity.")
+            raise NonFiniteError(f"Expected finite numbers in what is saved, but {part.name!r} holds NaN or infinity.")
         return array
 
     return read
-
-
-def _copied(part: Part) -> Part:
-    array = np.array(part.read())
-    return replace(part, read=lambda: array)
 
 
 def _flat(prefix: str, described: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,170 @@
+"""What saving a run costs: how long training waits for one save, how much memory that takes, what part of a run it is.
+
+Each case runs in a child process of its own, which this one samples every 2 ms (RssAnon of /proc/PID/status). "stall"
+is how long one save keeps the training waiting: with memory="low" it is written meanwhile, with memory="high" it is
+copied and written while the training goes on. "write" is a file of the same bytes written and synced in blocks of
+4 MiB, which no save can be quicker than. "of a run" is the stall every minute, which is how often a run is saved at
+most if nobody says how often. All seconds are medians.
+
+    python scripts/benchmarks/save_run.py
+    python scripts/benchmarks/save_run.py --parameters 1e8 --repeats 3 --json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+MIB = 2**20
+SAMPLE_SECONDS = 0.002
+BLOCK_BYTES = 4 << 20
+MINUTE = 60.0
+
+
+def resident(pid: int | str = "self") -> int:
+    """Returns the anonymous memory of a process in bytes; 0 when it is gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def child(parameters: int, memory: str, repeats: int, folder: Path) -> None:
+    """Trains a step, saves the run so many times, and prints what that took, after each line that it reads."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import keras
+    import numpy as np
+
+    import streaming_polyak as sp
+    from streaming_polyak.training.run import Run
+
+    width = max(2, int((parameters / 4) ** 0.5))
+    model = keras.Sequential([keras.Input((width,)), *(keras.layers.Dense(width) for _ in range(4))])
+    model.compile("adam", "mse")
+    averages = {"mean": sp.Average(sp.MEAN), "linear": sp.Average(sp.LINEAR)}
+    trainer = sp.Trainer(model, averages, run_dir=folder / "run", save_every="1 step", memory=memory)  # type: ignore[arg-type]
+    x = np.zeros((repeats + 2, width), np.float32)
+    stalls: list[float] = []
+    save, done = Run.save, threading.Event()
+
+    def timed(self: Run, position: Any) -> None:
+        if self._writing is not None:  # the last one: its own time is not this one's
+            self._writing.result()
+        if position.steps == 2:  # what comes first makes things
+            print("before", resident(), flush=True)
+            sys.stdin.readline()
+        started = time.perf_counter()
+        save(self, position)
+        stalls.append(time.perf_counter() - started)
+        if self._writing is not None:
+            self._writing.result()
+
+    Run.save = timed  # type: ignore[method-assign]
+    trainer.fit(x, x, batch_size=1, epochs=1, progress=False)
+    done.set()
+    newest = sorted((folder / "run" / "checkpoints").iterdir())[-1]
+    data = memoryview(bytes(BLOCK_BYTES))
+    writes = []
+    for _ in range(3):
+        started = time.perf_counter()
+        with (folder / "plain").open("wb", buffering=0) as file:
+            left = newest.stat().st_size
+            while left:
+                left -= file.write(data[: min(left, BLOCK_BYTES)])
+            os.fsync(file.fileno())
+        writes.append(time.perf_counter() - started)
+        (folder / "plain").unlink()
+    print(
+        "after",
+        json.dumps([statistics.median(stalls[2:]), newest.stat().st_size, statistics.median(writes)]),
+        flush=True,
+    )
+
+
+def measure(parameters: int, memory: str, repeats: int) -> dict[str, Any]:
+    """Runs a child and samples its memory while it saves."""
+    with tempfile.TemporaryDirectory(prefix="save_run-", dir=".") as folder:
+        program = [sys.executable, __file__, "--child", str(parameters), memory, str(repeats), folder]
+        with subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            before = int(process.stdout.readline().split()[1])
+            peak, answer = before, [""]
+            reader = threading.Thread(target=lambda: answer.__setitem__(0, process.stdout.readline()))  # type: ignore[union-attr]
+            reader.start()
+            process.stdin.write("\n")
+            process.stdin.flush()
+            while reader.is_alive():
+                peak = max(peak, resident(process.pid))
+                time.sleep(SAMPLE_SECONDS)
+        stall, size, write = json.loads(answer[0].partition(" ")[2])
+    return {
+        "parameters": parameters,
+        "memory": memory,
+        "saved_mib": size / MIB,
+        "write_seconds": write,
+        "stall_seconds": stall,
+        "times_write": stall / write,
+        "percent_of_a_run": 100 * stall / MINUTE,
+        "passing_mib": max(0, peak - before) / MIB,
+    }
+
+
+@click.command()
+@click.option("--parameters", "sizes", multiple=True, default=("1e3", "1e7"), show_default=True, help="Of the model.")
+@click.option("--repeats", type=click.IntRange(1), default=7, show_default=True, help="Saves in each case.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def main(sizes: tuple[str, ...], repeats: int, as_json: bool) -> None:
+    """Measure what saving a run costs."""
+    rows = [measure(int(float(size)), memory, repeats) for size in sizes for memory in ("low", "high")]
+    foreground = {row["parameters"]: row["stall_seconds"] for row in rows if row["memory"] == "low"}
+    for row in rows:
+        row["times_low"] = row["stall_seconds"] / foreground[row["parameters"]]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    click.echo(f"{platform.platform()}, {os.cpu_count()} processors; Adam and two averages of epochs\n")
+    table = [
+        [
+            f"{row['parameters']:,}", row["memory"], f"{row['saved_mib']:.1f}", f"{row['write_seconds']:.4f}",
+            f"{row['stall_seconds']:.4f}", f"{row['times_write']:.2f}", f"{row['times_low']:.2f}",
+            f"{row['percent_of_a_run']:.2f}", f"{row['passing_mib']:.1f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    header = [
+        "parameters",
+        "memory",
+        "MiB saved",
+        "write s",
+        "stall s",
+        "x write",
+        "x low",
+        "% of a run",
+        "passing MiB",
+    ]
+    click.echo(tabulate(table, header, tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
+    else:
+        main()
