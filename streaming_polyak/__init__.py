@@ -7,7 +7,14 @@ that only touches numbers or files works without TensorFlow.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from streaming_polyak.errors import CheckpointError, NonFiniteError, StreamingPolyakError, SwapError
+from streaming_polyak.errors import (
+    CheckpointError,
+    Interrupted,
+    NonFiniteError,
+    RunLockedError,
+    StreamingPolyakError,
+    SwapError,
+)
 from streaming_polyak.schedule import Average, Members
 from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Polynomial, Weighting, parse_weighting
 
@@ -32,10 +39,12 @@ __all__ = [
     "Exponential",
     "History",
     "Inspection",
+    "Interrupted",
     "KerasEvaluator",
     "Members",
     "NonFiniteError",
     "Polynomial",
+    "RunLockedError",
     "StreamingPolyakError",
     "SwapError",
     "SweepResult",

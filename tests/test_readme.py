@@ -71,3 +71,25 @@ def test_the_commands_on_checkpoints_run_as_they_stand(tmp_path):
         assert done.returncode == 0, (line, done.stderr)
         assert done.stdout, line
     assert {"average.keras", "average.safetensors", "sweep.csv", "best.keras"} <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.tensorflow
+def test_the_example_of_a_run_runs_twice_and_the_commands_on_it(tmp_path):
+    section = README.partition("## Runs that are killed")[2].partition("\n## ")[0]
+    example, block = (re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL)[1] for kind in ("python", "sh"))
+    shown = [
+        subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert shown[0] == shown[1]
+    for line in block.splitlines():
+        arguments = [sys.executable, "-m", *line.replace("streaming-polyak", "streaming_polyak", 1).split()]
+        assert subprocess.run(arguments, cwd=tmp_path, capture_output=True, check=False).returncode == 0, line
+
+
+def test_the_tests_that_it_names_exist():
+    named = set(re.findall(r"`(?:test_\w+\.py: )?(test_\w+)`", README))
+    assert len(named) >= 10
+    there = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert not [name for name in named if f"def {name}(" not in there]

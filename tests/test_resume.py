@@ -5,6 +5,8 @@ import itertools
 import os
 import random
 import shutil
+import signal
+import threading
 from dataclasses import replace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -14,7 +16,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from streaming_polyak import LINEAR, MEAN, Average, CheckpointError, Exponential, NonFiniteError, Trainer
+from streaming_polyak import (
+    LINEAR,
+    MEAN,
+    Average,
+    CheckpointError,
+    Exponential,
+    Interrupted,
+    Members,
+    NonFiniteError,
+    RunLockedError,
+    Trainer,
+)
 from streaming_polyak.files import tensors
 from streaming_polyak.files.run_folder import RunFolder
 from streaming_polyak.training import run as run_module
@@ -461,3 +474,91 @@ def test_a_run_of_which_anything_is_not_restored_ends_with_other_bits(tmp_path, 
     fit(short, [StopAt(10**6)])
     monkeypatch.undo()
     assert bits(short) != wanted
+
+
+# Who else is there.
+
+
+def test_a_second_fit_in_the_folder_is_refused_while_the_first_trains(tmp_path):
+    refused = []
+
+    class Second(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            with pytest.raises(RunLockedError, match="in use by another run of this process"):
+                fit(trainer(tmp_path / "run"))
+            refused.append(epoch)
+
+    fit(trainer(tmp_path / "run"), [Second()], epochs=2)
+    assert refused == [0, 1]
+    with RunFolder(tmp_path / "run").lock():
+        pass
+
+
+def test_in_a_thread_without_signals_it_trains_and_saves_too(tmp_path, wanted):
+    made, failed = trainer(tmp_path / "run"), []
+
+    def work():
+        try:
+            fit(made, [StopAt(10**6)])
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert bits(made) == wanted(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_saved_after_the_step_and_gives_the_handlers_back(tmp_path, wanted, number):
+    numbers = [number]
+
+    class Signal(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.model.optimizer.iterations == 8 and numbers:
+                signal.raise_signal(numbers.pop())
+
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as ended:
+        fit(trainer(tmp_path / "run", save_every="1 epoch"), [Signal(), StopAt(10**6)])
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert RunFolder(tmp_path / "run").latest().step == 8
+    again = trainer(tmp_path / "run", save_every="1 epoch")
+    fit(again, [Signal(), StopAt(10**6)])
+    assert bits(again) == wanted(tmp_path)
+
+
+def test_an_error_of_the_writer_is_raised_at_the_next_step(tmp_path, monkeypatch):
+    commit, calls = RunFolder.commit, []
+
+    def failing(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return commit(self, *arguments, **options)
+
+    monkeypatch.setattr(RunFolder, "commit", failing)
+    made = trainer(tmp_path / "run", memory="high")
+    with pytest.raises(OSError, match="No space left on device"):
+        fit(made)
+    assert int(made.model.optimizer.iterations) < 5
+    assert RunFolder(tmp_path / "run").latest().step == 1
+
+
+def test_members_of_lost_work_are_made_again_and_the_newest_are_kept(tmp_path):
+    def make():
+        return trainer(tmp_path / "run", members=Members(tmp_path / "run/members", newest=2), save_every="3 epochs")
+
+    made = make()
+    with pytest.raises(Stopped):
+        fit(made, [StopAt(5 * STEPS + 2)], epochs=9)
+    names = [path.name for path in made.member_paths]
+    assert names == ["epoch-00003.keras", "epoch-00004.keras"]  # of which the last save, after epoch 2, knows nothing
+    again = make()
+    fit(again, [StopAt(10**6)], epochs=6)
+    assert [path.name for path in again.member_paths] == ["epoch-00004.keras", "epoch-00005.keras"]

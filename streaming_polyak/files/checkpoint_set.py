@@ -1,7 +1,7 @@
 """Checkpoints of one model, all open at once: compared before anything is read, then read by ranges of elements.
 
 Only the table of the newest is kept. Of the others, what is kept is where each tensor stands and what its checksum is:
-eleven bytes a tensor, and up to twenty-two where the format keeps a checksum of each.
+eleven bytes a tensor, and up to twenty-two more where the format keeps a checksum of each.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class RunFolder:
         """Returns the checkpoints there are, oldest first, good or not; files of other names are left alone."""
         try:
             names = os.listdir(self.checkpoints_folder)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         found = [(match, self.checkpoints_folder / name) for name in names if (match := _NAME.fullmatch(name))]
         return sorted((Saved(int(match[1]), path) for match, path in found), key=lambda saved: saved.step)

@@ -7,6 +7,7 @@ it as tensors of their own.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import re
@@ -89,8 +90,9 @@ def random_slots() -> dict[str, Slot]:
     slots = {
         "random/python": Slot("float64", (627,), _python_state, _set_python_state),
         "random/numpy": Slot("float64", (627,), _numpy_state, _set_numpy_state),
-        "random/tensorflow": variable_slot(tf.random.get_global_generator().state),
     }
+    with contextlib.suppress(RuntimeError):  # with deterministic operations there is none
+        slots["random/tensorflow"] = variable_slot(tf.random.get_global_generator().state)
     generator = keras.src.backend.common.global_state.get_global_attribute("global_seed_generator")
     if generator is not None:  # something was drawn with seed=None
         slots["random/keras"] = variable_slot(generator.state)
