@@ -488,7 +488,8 @@ import sys, os, time
 from streaming_polyak.files.run_folder import RunFolder
 lock = RunFolder(sys.argv[1]).lock()
 child = os.fork() if sys.argv[2] == "fork" else 1
-print(child if child else os.getpid(), flush=True)
+if child:
+    print(child, flush=True)
 time.sleep(60)
 """
 
