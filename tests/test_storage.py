@@ -20,6 +20,15 @@ def test_a_commit_makes_the_file_and_its_folders_and_leaves_nothing_else(tmp_pat
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_error_of_two_names_names_the_file_that_was_to_be_made(tmp_path, monkeypatch):
+    def link(old, new):
+        raise OSError(5, "Input/output error", str(old), None, str(new))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(OSError, match=r"Input/output error: '.*/file'$"):
+        Storage().commit(tmp_path / "file", lambda temporary: temporary.touch())
+
+
 def test_the_temporary_file_has_the_suffixes_and_the_folder_of_the_final_one(tmp_path):
     seen = []
     Storage().commit(tmp_path / "x.weights.h5", lambda temporary: seen.append(temporary) or temporary.touch())
@@ -86,7 +95,7 @@ def test_an_error_names_the_file_that_was_to_be_made(tmp_path):
         def write(temporary):
             (temporary / "none" / "x").touch()
 
-        with pytest.raises(OSError, match=r"(No such file or|Not a) directory: '.*/out'"):
+        with pytest.raises(OSError, match=r"(No such file or|Not a) directory: '.*/out'$"):
             commit(tmp_path / "out", write)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -101,7 +110,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, overwrite):
         temporary.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match=r"No space left on device: '.*file'"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'$"):
         Storage().commit(path, write, overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == (["file"] if overwrite else [])
     assert not overwrite or path.read_bytes() == b"old"

@@ -108,6 +108,8 @@ class RunFolder:
             try:
                 return self.open(entry)
             except CheckpointError as error:
+                if not entry.path.exists():  # the process that trains has removed it, as there is a newer one
+                    return self.latest()
                 if entry.path not in self._reported:
                     self._reported.add(entry.path)
                     logger.warning("A checkpoint is damaged and passed over; it is left where it is. %s", error)

@@ -234,7 +234,9 @@ def _end(path: Path) -> str:
 def _blame(error: OSError, path: Path) -> None:
     """Has an error name the file that was to be made, if it names none, as on a full disk, or a temporary one."""
     if error.errno is not None and (error.filename is None or TEMPORARY in str(error.filename)):
-        error.filename, error.filename2 = str(path), None
+        error.filename = str(path)
+        if error.filename2 is not None:
+            del error.filename2
 
 
 @contextlib.contextmanager
