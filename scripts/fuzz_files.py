@@ -52,7 +52,7 @@ from h5py import h5d, h5f, h5g, h5p, h5s, h5t
 from tqdm import tqdm
 
 from streaming_polyak.errors import CheckpointError
-from streaming_polyak.files import checksums, tensors
+from streaming_polyak.files import checksums, source
 from streaming_polyak.files.formats import open_checkpoint, safetensors
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.tensors import Tensor, TensorTable
@@ -471,7 +471,7 @@ def work(seconds: float) -> None:
     sys.addaudithook(watch)
     warnings.simplefilter("error")  # a temporary file that nobody closed is told of by a warning
     sys.unraisablehook = lambda raised: watch.unraisable.append(repr(raised.exc_value))
-    tensors._TICK_NS = 0  # nobody writes to the inputs
+    source._TICK_NS = 0  # nobody writes to the inputs
     base, limited = 0, False
     with Parser(0.8 * seconds) as parser:
         for line in sys.stdin:

@@ -35,7 +35,7 @@ from reference import FLOAT_FORMATS, rational_average, ulps
 from streaming_polyak import LINEAR, MEAN, Exponential, Polynomial, __version__
 from streaming_polyak.errors import CheckpointError, NonFiniteError
 from streaming_polyak.files import average as average_module
-from streaming_polyak.files import average_pass, checkpoint_set, inspection, tensors, verify
+from streaming_polyak.files import average_pass, checkpoint_set, inspection, source, verify
 from streaming_polyak.files.average import average_checkpoints
 from streaming_polyak.files.checkpoint_set import CheckpointSet
 from streaming_polyak.files.disk import NewFile
@@ -43,10 +43,11 @@ from streaming_polyak.files.formats import hdf5, open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import cpus
+from streaming_polyak.files.source import Source
 from streaming_polyak.files.storage import TEMPORARY
 from streaming_polyak.files.summation import TILE
 from streaming_polyak.files.sweep import sweep_checkpoints
-from streaming_polyak.files.tensors import DTYPES, Source
+from streaming_polyak.files.tensors import DTYPES
 from streaming_polyak.files.verify import verify_checkpoint
 
 FLOATS = tuple(FLOAT_FORMATS)
@@ -77,7 +78,7 @@ def _one_parser():
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_clock(monkeypatch):
     """A table of a file just written waits for the next tick of the clock; few tests here change a file meanwhile."""
-    monkeypatch.setattr(tensors, "_TICK_NS", 0)
+    monkeypatch.setattr(source, "_TICK_NS", 0)
 
 
 # Files of every format, as Keras, NumPy and the safetensors library write them.
@@ -335,7 +336,7 @@ def linear(files, tmp_path_factory):
     """The linear average, of files that are all read in place."""
     output = tmp_path_factory.mktemp("linear") / "out.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors, "_TICK_NS", 0)
+        patch.setattr(source, "_TICK_NS", 0)
         average_checkpoints(files("safetensors")[0], output, LINEAR)
     return read(output)
 
@@ -1143,7 +1144,7 @@ def tamper(monkeypatch, change, at=2):
         monkeypatch.setattr(Source, "read_into", hooked)
         return draft
 
-    monkeypatch.setattr(tensors, "_TICK_NS", 10_000_000)  # what tells a file from one written just before
+    monkeypatch.setattr(source, "_TICK_NS", 10_000_000)  # what tells a file from one written just before
     monkeypatch.setattr(average_pass, "begin", begin_and_hook)
 
 
@@ -1519,7 +1520,7 @@ def test_nan_is_found_when_a_file_is_verified(tmp_path):
 
 def test_a_file_that_changes_while_it_is_verified_is_an_error(tmp_path, monkeypatch):
     path = write_safetensors(tmp_path / "a.safetensors", small(0))
-    monkeypatch.setattr(tensors, "_TICK_NS", 10_000_000)
+    monkeypatch.setattr(source, "_TICK_NS", 10_000_000)
     real = verify.read_all
 
     def read_all(*arguments, **options):

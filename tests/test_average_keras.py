@@ -14,7 +14,7 @@ from reference import nearest, rational_average
 
 from streaming_polyak import LINEAR, MEAN, CheckpointError
 from streaming_polyak.files import average as average_module
-from streaming_polyak.files import tensors, verify
+from streaming_polyak.files import source, verify
 from streaming_polyak.files.average import average_checkpoints
 from streaming_polyak.files.formats import hdf5
 from streaming_polyak.files.verify import verify_checkpoint
@@ -36,7 +36,7 @@ def _one_parser():
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_clock(monkeypatch):
     """A table of a file just written waits for the next tick of the clock; nothing here changes a file meanwhile."""
-    monkeypatch.setattr(tensors, "_TICK_NS", 0)
+    monkeypatch.setattr(source, "_TICK_NS", 0)
 
 
 # Models. Each takes what `inputs` gives for it.

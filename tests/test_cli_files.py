@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from streaming_polyak.cli import main
-from streaming_polyak.files import sweep_result, tensors
+from streaming_polyak.files import source, sweep_result
 from streaming_polyak.files.formats import hdf5
 
 SCORES = """
@@ -41,7 +41,7 @@ number = 3
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_clock(monkeypatch):
-    monkeypatch.setattr(tensors, "_TICK_NS", 0)
+    monkeypatch.setattr(source, "_TICK_NS", 0)
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from streaming_polyak import LINEAR, MEAN, KerasEvaluator, Trainer, sweep_checkpoints
-from streaming_polyak.files import tensors
+from streaming_polyak.files import source
 
 pytestmark = pytest.mark.tensorflow
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_clock(monkeypatch):
-    monkeypatch.setattr(tensors, "_TICK_NS", 0)
+    monkeypatch.setattr(source, "_TICK_NS", 0)
 
 
 def saved(model, path):

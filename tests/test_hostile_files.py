@@ -31,10 +31,10 @@ import pytest
 from h5py import h5d, h5p, h5s, h5t
 
 from streaming_polyak.errors import CheckpointError
-from streaming_polyak.files import tensors
+from streaming_polyak.files import source
 from streaming_polyak.files.formats import hdf5, hdf5_child, npz, open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
-from streaming_polyak.files.tensors import Source
+from streaming_polyak.files.source import Source
 
 MARK = bytes.fromhex("5eed5eed")
 DATA = np.frombuffer(MARK * 6, "<f4")
@@ -123,7 +123,7 @@ def unread(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_tick(monkeypatch):
     """Does without the pause in which a file that was just written is not told from one written once more."""
-    monkeypatch.setattr(tensors, "_TICK_NS", 0)
+    monkeypatch.setattr(source, "_TICK_NS", 0)
 
 
 def ask(parser, do, path, **request):
@@ -1373,13 +1373,13 @@ def test_hostile_npy_is_refused(kind, tmp_path, parser, unread):
 @pytest.fixture
 def unpacked(monkeypatch):
     """How many bytes were inflated into temporary files."""
-    sizes, write = [], tensors.UnpackedSource.write
+    sizes, write = [], source.UnpackedSource.write
 
     def recorded(self, data):
         sizes.append(len(data))
         write(self, data)
 
-    monkeypatch.setattr(tensors.UnpackedSource, "write", recorded)
+    monkeypatch.setattr(source.UnpackedSource, "write", recorded)
     return sizes
 
 
@@ -1455,13 +1455,13 @@ def test_a_disk_that_fills_up_while_it_is_unpacked_is_told_with_what_helps(kind,
     path = tmp_path / ("a.weights.h5" if kind == "chunks" else "a.npz")
     if kind == "deflated npz":
         np.savez_compressed(path, x=WIDE)
-        monkeypatch.setattr(tensors, "os", types.SimpleNamespace(**vars(os) | {"pwrite": full}))
+        monkeypatch.setattr(source, "os", types.SimpleNamespace(**vars(os) | {"pwrite": full}))
     elif kind == "Fortran order":
         np.savez(path, x=np.asfortranarray(WIDE))
         monkeypatch.setattr(npz, "os", types.SimpleNamespace(**vars(os) | {"posix_fallocate": full}))
     else:
         hdf5_file(path, chunked)
-        monkeypatch.setattr(tensors.UnpackedSource, "duplicate", lambda self: os.open("/dev/full", os.O_RDWR))
+        monkeypatch.setattr(source.UnpackedSource, "duplicate", lambda self: os.open("/dev/full", os.O_RDWR))
     said = f"No space left on device in {tempfile.gettempdir()}, into which it is unpacked; set TMPDIR to a folder with"
     with pytest.raises(OSError, match=re.escape(said)) as caught:
         open_checkpoint(path, parser)
@@ -1877,7 +1877,7 @@ def make_a_pipe(path, offset):
 @pytest.mark.parametrize("suffix", [*FORMATS, ".weights.json"])
 @pytest.mark.parametrize("change", [rewrite, lengthen, replace, remove, make_a_folder, make_a_pipe])
 def test_a_file_changed_after_its_table_was_made_is_an_error(suffix, change, small, parser, monkeypatch):
-    monkeypatch.setattr(tensors, "_TICK_NS", 20_000_000)
+    monkeypatch.setattr(source, "_TICK_NS", 20_000_000)
     with open_checkpoint(small(suffix), parser) as table:
         table.check_unchanged()
         tensor = table.tensors[next(iter(table.tensors))]

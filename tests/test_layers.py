@@ -24,6 +24,7 @@ RANKS = {
     "streaming_polyak.files.meter": 2,
     "streaming_polyak.files.checksums": 2,
     "streaming_polyak.files.summation": 2,
+    "streaming_polyak.files.source": 2,
     "streaming_polyak.files.tensors": 3,
     "streaming_polyak.files.inputs": 3,
     "streaming_polyak.files.formats": 4,

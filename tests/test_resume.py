@@ -28,7 +28,7 @@ from streaming_polyak import (
     RunLockedError,
     Trainer,
 )
-from streaming_polyak.files import tensors
+from streaming_polyak.files import source
 from streaming_polyak.files.run_folder import RunFolder
 from streaming_polyak.training import run as run_module
 from streaming_polyak.training.data import DatasetBatches
@@ -61,7 +61,7 @@ LAYERS = {
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_clock(monkeypatch):
-    monkeypatch.setattr(tensors, "_TICK_NS", 0)
+    monkeypatch.setattr(source, "_TICK_NS", 0)
 
 
 class Stopped(Exception):

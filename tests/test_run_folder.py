@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from simulated_disk import CutShort, FailingDisk, PowerCut, RecordingDisk, materialize
 
 from streaming_polyak.errors import CheckpointError, RunLockedError
-from streaming_polyak.files import run_checkpoint, tensors
+from streaming_polyak.files import run_checkpoint, source
 from streaming_polyak.files.disk import Disk
 from streaming_polyak.files.run_checkpoint import Part, RunCheckpoint, write_run_checkpoint
 from streaming_polyak.files.run_folder import RunFolder, Saved, holder
@@ -28,7 +28,7 @@ from streaming_polyak.files.storage import TEMPORARY
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_clock(monkeypatch):
-    monkeypatch.setattr(tensors, "_TICK_NS", 0)
+    monkeypatch.setattr(source, "_TICK_NS", 0)
 
 
 def arrays(step):

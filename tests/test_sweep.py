@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 from test_average import write_bundle
 
 from streaming_polyak import LINEAR, MEAN, CheckpointError, Exponential, NonFiniteError, Polynomial, sweep_checkpoints
-from streaming_polyak.files import tensors
+from streaming_polyak.files import source
+from streaming_polyak.files.source import Source
 from streaming_polyak.files.sweep_result import SINGLE
-from streaming_polyak.files.tensors import Source
 
 WEIGHTINGS = {
     "mean": MEAN,
@@ -27,7 +27,7 @@ WEIGHTINGS = {
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_clock(monkeypatch):
-    monkeypatch.setattr(tensors, "_TICK_NS", 0)
+    monkeypatch.setattr(source, "_TICK_NS", 0)
 
 
 def members(folder, count, seed=0, shape=(7, 11)):

@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming_polyak.errors import CheckpointError
-from streaming_polyak.files import checksums, tensors
+from streaming_polyak.files import checksums, source
 from streaming_polyak.files.formats.tf_checkpoint import (
     check_strings,
     index_bytes,
     open_saved_model,
     open_tf_checkpoint,
 )
-from streaming_polyak.files.tensors import Source
+from streaming_polyak.files.source import Source
 
 DTYPES = [
     *("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"),
@@ -35,7 +35,7 @@ SHAPES = [(), (0,), (1,), (3, 5)]
 def _no_waiting_for_the_clock():
     """A table of a file just written waits for the next tick of the clock; nothing here changes a file meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors, "_TICK_NS", 0)
+        patch.setattr(source, "_TICK_NS", 0)
         yield
 
 

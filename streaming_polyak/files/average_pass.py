@@ -25,8 +25,9 @@ from streaming_polyak.files.formats.drafts import GROUPS, Draft, Plan, begin, is
 from streaming_polyak.files.formats.tf_checkpoint import check_strings
 from streaming_polyak.files.meter import Meter
 from streaming_polyak.files.pieces import Piece, Segment
+from streaming_polyak.files.source import UnpackedSource
 from streaming_polyak.files.summation import TILE, NonFiniteInput, TileAverager
-from streaming_polyak.files.tensors import Tensor, UnpackedSource, is_optimizer
+from streaming_polyak.files.tensors import Tensor, is_optimizer
 from streaming_polyak.files.verify import content_crc32, read_all
 
 _COPY_BYTES = 1 << 20

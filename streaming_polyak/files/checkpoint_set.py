@@ -20,16 +20,8 @@ from numpy.typing import NDArray
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
-from streaming_polyak.files.tensors import (
-    DTYPES,
-    FLOATS,
-    Checksum,
-    Source,
-    TensorTable,
-    UnpackedSource,
-    differences,
-    is_optimizer,
-)
+from streaming_polyak.files.source import Source, UnpackedSource
+from streaming_polyak.files.tensors import DTYPES, FLOATS, Checksum, TensorTable, differences, is_optimizer
 
 _CHECKSUM = np.dtype([("source", np.uint16), ("start", np.int64), ("size", np.int64), ("crc32", np.uint32)])
 _OPEN_FILES = 64  # descriptors left for everything else

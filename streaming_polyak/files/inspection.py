@@ -15,15 +15,8 @@ from streaming_polyak.files.formats import open_checkpoint
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import find_checkpoints
 from streaming_polyak.files.meter import format_bytes
-from streaming_polyak.files.tensors import (
-    FLOATS,
-    TensorTable,
-    UnpackedSource,
-    differences,
-    is_optimizer,
-    printable,
-    without_nan,
-)
+from streaming_polyak.files.source import UnpackedSource
+from streaming_polyak.files.tensors import FLOATS, TensorTable, differences, is_optimizer, printable, without_nan
 
 
 @dataclass(frozen=True)

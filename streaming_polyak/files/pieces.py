@@ -17,8 +17,9 @@ import numpy as np
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.checksums import crc32, crc32_combine
 from streaming_polyak.files.meter import Meter
+from streaming_polyak.files.source import Source, UnpackedSource
 from streaming_polyak.files.summation import TILE
-from streaming_polyak.files.tensors import Checksum, Source, Tensor, UnpackedSource
+from streaming_polyak.files.tensors import Checksum, Tensor
 
 PIECE = 16 * TILE
 _GAP_BYTES = 256 << 10

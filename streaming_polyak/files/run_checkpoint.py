@@ -29,7 +29,8 @@ from streaming_polyak.files.checksums import crc32
 from streaming_polyak.files.disk import Disk, NewFile
 from streaming_polyak.files.formats import safetensors
 from streaming_polyak.files.meter import cpus
-from streaming_polyak.files.tensors import DTYPES, Source, Tensor, TensorTable, read_json
+from streaming_polyak.files.source import Source
+from streaming_polyak.files.tensors import DTYPES, Tensor, TensorTable, read_json
 from streaming_polyak.files.verify import read_all
 
 VERSION = 1

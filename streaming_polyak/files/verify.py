@@ -21,17 +21,9 @@ from streaming_polyak.files.formats.keras_archive import WEIGHTS, KerasArchive
 from streaming_polyak.files.formats.tf_checkpoint import check_strings
 from streaming_polyak.files.meter import Meter, cpus, format_bytes
 from streaming_polyak.files.pieces import Piece, Segment
+from streaming_polyak.files.source import UnpackedSource
 from streaming_polyak.files.summation import TILE
-from streaming_polyak.files.tensors import (
-    DTYPES,
-    FLOATS,
-    Tensor,
-    TensorTable,
-    UnpackedSource,
-    is_optimizer,
-    printable,
-    without_nan,
-)
+from streaming_polyak.files.tensors import DTYPES, FLOATS, Tensor, TensorTable, is_optimizer, printable, without_nan
 
 
 @dataclass

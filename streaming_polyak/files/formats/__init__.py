@@ -12,7 +12,8 @@ from streaming_polyak.files.formats.npz import open_npz
 from streaming_polyak.files.formats.safetensors import open_safetensors
 from streaming_polyak.files.formats.sharded import SUFFIX, open_sharded
 from streaming_polyak.files.formats.tf_checkpoint import INDEX, open_saved_model, open_tf_checkpoint
-from streaming_polyak.files.tensors import Source, TensorTable
+from streaming_polyak.files.source import Source
+from streaming_polyak.files.tensors import TensorTable
 
 
 def open_checkpoint(path: Path, parser: Parser) -> TensorTable:

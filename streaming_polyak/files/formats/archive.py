@@ -20,7 +20,8 @@ from typing import NoReturn
 from zlib_ng import zlib_ng
 
 from streaming_polyak.errors import CheckpointError
-from streaming_polyak.files.tensors import MAX_TENSORS, Checksum, Source, UnpackedSource, check_room
+from streaming_polyak.files.source import Source, UnpackedSource, check_room
+from streaming_polyak.files.tensors import MAX_TENSORS, Checksum
 
 MAGIC = b"PK\x03\x04"
 _LOCATOR = b"PK\x06\x07"

@@ -25,7 +25,8 @@ from streaming_polyak.files.formats.hdf5 import Hdf5Part, Parser
 from streaming_polyak.files.formats.keras_archive import PROVENANCE_MEMBER, WEIGHTS, KerasArchive
 from streaming_polyak.files.formats.sharded import SUFFIX, Shards, shard_names
 from streaming_polyak.files.formats.tf_checkpoint import INDEX, PROVENANCE_PLACE, Bundle, data_names, index_bytes
-from streaming_polyak.files.tensors import PROVENANCE, Source, Tensor, TensorTable, is_optimizer
+from streaming_polyak.files.source import Source
+from streaming_polyak.files.tensors import PROVENANCE, Tensor, TensorTable, is_optimizer
 
 FORMATS = {
     ".keras": "keras",

@@ -27,16 +27,8 @@ import numpy as np
 
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.descriptors import moved, temporary_file
-from streaming_polyak.files.tensors import (
-    Source,
-    Tensor,
-    TensorTable,
-    check_room,
-    closed_on_error,
-    last_unpacked,
-    read_provenance,
-    unpacking,
-)
+from streaming_polyak.files.source import Source, check_room, closed_on_error, last_unpacked, unpacking
+from streaming_polyak.files.tensors import Tensor, TensorTable, read_provenance
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 TABLE_SECONDS = 10.0

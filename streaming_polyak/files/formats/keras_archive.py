@@ -13,7 +13,8 @@ from typing import Any
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.formats.archive import STORED, Member, checksum, in_place, read_directory
 from streaming_polyak.files.formats.hdf5 import Hdf5Part, Parser, check_superblock, read_part
-from streaming_polyak.files.tensors import PROVENANCE, Source, TensorTable, closed_on_error, read_provenance
+from streaming_polyak.files.source import Source, closed_on_error
+from streaming_polyak.files.tensors import PROVENANCE, TensorTable, read_provenance
 
 WEIGHTS = "model.weights.h5"
 PROVENANCE_MEMBER = f"{PROVENANCE}.json"

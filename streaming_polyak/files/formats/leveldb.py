@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files import checksums
 from streaming_polyak.files.formats.protobuf import Malformed, read_varint, uint32, varint
-from streaming_polyak.files.tensors import Source
+from streaming_polyak.files.source import Source
 
 _MAGIC = struct.pack("<Q", 0xDB47_7524_8B80_FB57)
 _PLACES_BYTES, _TRAILER_BYTES = 40, 5

@@ -17,18 +17,8 @@ import numpy as np
 
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.formats.archive import STORED, Member, checksum, in_place, read_directory
-from streaming_polyak.files.tensors import (
-    DTYPES,
-    Source,
-    Tensor,
-    TensorTable,
-    UnpackedSource,
-    check_room,
-    closed_on_error,
-    is_possible,
-    last_unpacked,
-    unpacking,
-)
+from streaming_polyak.files.source import Source, UnpackedSource, check_room, closed_on_error, last_unpacked, unpacking
+from streaming_polyak.files.tensors import DTYPES, Tensor, TensorTable, is_possible
 
 MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 10_000

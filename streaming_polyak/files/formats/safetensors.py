@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from streaming_polyak.errors import CheckpointError
-from streaming_polyak.files.tensors import DTYPES, PROVENANCE, Source, Tensor, TensorTable, read_json, read_provenance
+from streaming_polyak.files.source import Source
+from streaming_polyak.files.tensors import DTYPES, PROVENANCE, Tensor, TensorTable, read_json, read_provenance
 
 MAX_HEADER_BYTES = 8 << 20  # some 50,000 tensors; parsed JSON takes up to 25 times its bytes
 _MAX_NUMBER = 2**63 - 1

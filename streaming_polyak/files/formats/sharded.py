@@ -12,7 +12,8 @@ from typing import Any
 
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.formats.hdf5 import Hdf5Part, Parser, read_part
-from streaming_polyak.files.tensors import PROVENANCE, Source, Tensor, TensorTable, closed_on_error, read_json
+from streaming_polyak.files.source import Source, closed_on_error
+from streaming_polyak.files.tensors import PROVENANCE, Tensor, TensorTable, read_json
 
 SUFFIX = ".weights.json"
 _MAX_MAP_BYTES = 8 << 20  # parsed JSON takes up to 25 times its bytes

@@ -32,15 +32,8 @@ from streaming_polyak.files.formats.protobuf import (
     read_varint,
     single,
 )
-from streaming_polyak.files.tensors import (
-    MAX_RANK,
-    MAX_TENSORS,
-    PROVENANCE,
-    Source,
-    Tensor,
-    TensorTable,
-    read_provenance,
-)
+from streaming_polyak.files.source import Source
+from streaming_polyak.files.tensors import MAX_RANK, MAX_TENSORS, PROVENANCE, Tensor, TensorTable, read_provenance
 
 INDEX = ".index"
 _MAX_SHARDS = 10_000
