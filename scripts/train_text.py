@@ -11,8 +11,8 @@ shows the end again, and with more minutes it goes on. What to take over into a 
 - The data set is finite and shuffled with a seed, and `steps_per_epoch` cuts it into epochs of some ten seconds, so
   that there are enough members for averages of epochs; a resumed run finds its place in it again. The buffer of the
   shuffle is saved with the run, so it is small, and the text is mixed as a whole beforehand.
-- The learning rate is warmed up and then constant. How long the run will be need not be known, and the averages do much
-  of what lowering the rate would do. With a rate that goes down to nothing expect them to gain less.
+- The learning rate is warmed up and then constant. How long the run will be need not be known, and the averages do
+  what lowering the rate would do. On top of a rate that goes down to nothing they gained nothing (see README).
 - Several averages at once, as they cost little: mean and linear of epochs, an exponential one of steps. Validation, on
   files that are not trained on, picks one; what it is worth is measured on still other files.
 - What a callback remembers goes by `get_state` and `set_state` into each checkpoint: here the seconds used so far. It
