@@ -349,6 +349,21 @@ def test_a_finished_run_trains_nothing_and_changes_no_file_and_more_epochs_go_on
     assert bits(more) == wanted(tmp_path)
 
 
+def test_a_run_that_a_callback_stopped_stays_so_unless_it_is_asked_for_more_epochs(tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == 1
+
+    def epochs(asked):
+        made = trainer(tmp_path / "run", save_every="1 epoch")
+        fit(made, [Stop()], epochs=asked)
+        return made.history.epoch
+
+    assert epochs(4) == [0, 1]
+    assert epochs(4) == [0, 1]
+    assert epochs(5) == [0, 1, 2, 3, 4]
+
+
 def test_resume_must_and_never(tmp_path):
     with pytest.raises(CheckpointError, match='no checkpoint to go on with, and resume="must"'):
         fit(trainer(tmp_path / "run"), resume="must")

@@ -86,7 +86,7 @@ class Position:
         phase: "train": there may be more batches; "validate": all is trained and averaged, scores are next.
         steps: how many batches it has trained on in all.
         logs: in the phase "validate", the scores of the training.
-        stopped: whether a callback has stopped the training.
+        stopped: the epoch to train to when a callback stopped the training; 0 if none did.
     """
 
     epoch: int
@@ -94,7 +94,7 @@ class Position:
     phase: Literal["train", "validate"] = "train"
     steps: int = 0
     logs: dict[str, Any] = field(default_factory=dict)
-    stopped: bool = False
+    stopped: int = 0
 
 
 class Run:

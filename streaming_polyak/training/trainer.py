@@ -266,7 +266,8 @@ class Trainer:
             dynamic_ncols=True,
         )
         with bar:
-            while position.epoch < epochs and not position.stopped:
+            # Stopped by a callback it stays, unless it is asked for more epochs than then.
+            while position.epoch < epochs and position.stopped < epochs:
                 epoch = position.epoch
                 if position.phase == "train":
                     position, complete = self._train_epoch(batches, position, hooks, bar)
@@ -290,10 +291,10 @@ class Trainer:
                 hooks.epoch_end(epoch, logs, missing)
                 bar.update()
                 bar.set_postfix_str(_postfix(logs, missing))
-                stopped = bool(self.model.stop_training)
+                stopped = epochs if self.model.stop_training else 0
                 position = Position(epoch + 1, steps=position.steps, logs=dict(logs), stopped=stopped)
                 if run is not None:
-                    run.after_epoch(position, last=stopped or epoch + 1 == epochs)
+                    run.after_epoch(position, last=bool(stopped) or epoch + 1 == epochs)
         self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
         hooks.train_end(logs)
         return history
