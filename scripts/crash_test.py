@@ -185,7 +185,7 @@ def _wait(pid: int, seconds: float) -> int | None:
 def main(runs: int, fork: bool, name: str, seed: int, as_json: bool) -> None:
     """Kill a run KILLS times; exit status 1 if it does not end with the bits of one that nobody killed."""
     number, moments = signal.Signals[f"SIG{name}"], random.Random(seed)
-    epochs = 20 + 5 * runs
+    epochs = 20 + 10 * runs  # so much that it is not through before it has been killed so often
     children = Children(fork, epochs)
     hits: collections.Counter[str] = collections.Counter()
     bad: list[str] = []
@@ -201,7 +201,7 @@ def main(runs: int, fork: bool, name: str, seed: int, as_json: bool) -> None:
         reached: list[int] = []
         status = None
         # A kill when little is left of the run would find it ended: the moment is chosen over what a start takes.
-        seconds = longest if runs < 3 else min(longest, 3.0 if fork else 14.0)
+        seconds = longest if runs < 3 else min(longest, 2.2 if fork else 14.0)
         while True:
             pid = children.start(broken)
             starts += 1

@@ -540,7 +540,7 @@ def test_terminated_an_average_leaves_nothing_behind(tmp_path):
         [sys.executable, "-c", program, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
     ) as process:  # fmt: skip
-        assert process.stdout.readline() == b"averaging\n"
+        assert process.stdout.readline().startswith(b"averaging")  # by several threads at once
         assert any(path.name.startswith(".writing-") for path in tmp_path.iterdir())
         process.terminate()
         _, said = process.communicate(timeout=20)
