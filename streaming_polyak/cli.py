@@ -35,7 +35,7 @@ from streaming_polyak.files.meter import parse_bytes
 from streaming_polyak.files.run_folder import RunFolder
 from streaming_polyak.files.run_status import run_status
 from streaming_polyak.files.sweep import MAX_POWER, sweep_checkpoints
-from streaming_polyak.files.tensors import is_optimizer, printable
+from streaming_polyak.files.tensors import TensorTable, is_optimizer, printable
 from streaming_polyak.files.verify import verify_checkpoint
 from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Polynomial, Weighting, parse_weighting
 
@@ -605,20 +605,23 @@ def _check_outputs(
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise PermissionError(f"{said} cannot be written: {folder} is not a folder that may be written to.")
     if (best := outputs.get("--export-best")) is not None:
-        with Parser() as parser, open_checkpoint(inputs[-1], parser) as newest:
-            format = format_of(best, newest)
-            model = {name: t for name, t in newest.tensors.items() if not is_optimizer(name, newest.format)}
-            try:
-                check_structure(format, best, model, newest)
-            except CheckpointError as error:
-                if error.code != "template":
-                    raise
-                raise ValueError(
-                    f"--export-best {best} cannot be made of {inputs[-1]}, which does not hold all that such a file "
-                    "has. Give it the suffix of the checkpoints, or .safetensors."
-                ) from None
-        if record(best, format).exists() and not overwrite:
-            raise FileExistsError(f"{best} exists already. Choose another name, or give --overwrite to replace it.")
+        _check_export(best, table, overwrite)  # of the newest; closed, as only what it has is asked
+
+
+def _check_export(best: Path, newest: TensorTable, overwrite: bool) -> None:
+    format = format_of(best, newest)
+    model = {name: tensor for name, tensor in newest.tensors.items() if not is_optimizer(name, newest.format)}
+    try:
+        check_structure(format, best, model, newest)
+    except CheckpointError as error:
+        if error.code != "template":
+            raise
+        raise ValueError(
+            f"--export-best {best} cannot be made of {newest.path}, which does not hold all that such a file has. Give "
+            "it the suffix of the checkpoints, or .safetensors."
+        ) from None
+    if record(best, format).exists() and not overwrite:
+        raise FileExistsError(f"{best} exists already. Choose another name, or give --overwrite to replace it.")
 
 
 def _load(function: str, hint: str) -> Callable[[Any], Any]:

@@ -36,12 +36,10 @@ MINUTE = 60.0
 def resident(pid: int | str = "self") -> int:
     """Returns the anonymous memory of a process in bytes; 0 when it is gone."""
     try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+        rows = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     except OSError:
-        pass
-    return 0
+        return 0
+    return next((int(row[1]) * 1024 for row in rows if row[0] == "RssAnon:"), 0)
 
 
 def child(parameters: int, memory: str, repeats: int, folder: Path) -> None:
@@ -60,7 +58,7 @@ def child(parameters: int, memory: str, repeats: int, folder: Path) -> None:
     trainer = sp.Trainer(model, averages, run_dir=folder / "run", save_every="1 step", memory=memory)  # type: ignore[arg-type]
     x = np.zeros((repeats + 2, width), np.float32)
     stalls: list[float] = []
-    save, done = Run.save, threading.Event()
+    save = Run.save
 
     def timed(self: Run, position: Any) -> None:
         if self._writing is not None:  # the last one: its own time is not this one's
@@ -76,7 +74,6 @@ def child(parameters: int, memory: str, repeats: int, folder: Path) -> None:
 
     Run.save = timed  # type: ignore[method-assign]
     trainer.fit(x, x, batch_size=1, epochs=1, progress=False)
-    done.set()
     newest = sorted((folder / "run" / "checkpoints").iterdir())[-1]
     data = memoryview(bytes(BLOCK_BYTES))
     writes = []

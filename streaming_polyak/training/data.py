@@ -114,7 +114,21 @@ class RowFeed:
         return self._chunk, first, end
 
 
-class ArrayBatches:
+class _ByNumber:
+    """Batches that (seed, epoch, done) tell all of."""
+
+    def check_resumable(self) -> None:
+        """Does nothing: any batch can be gone to; what a PyDataset itself remembers is its own matter."""
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Returns nothing."""
+        return {}
+
+    def restore(self, state: dict[str, NDArray[Any]]) -> None:
+        """Does nothing."""
+
+
+class ArrayBatches(_ByNumber):
     """Batches of arrays.
 
     Args:
@@ -167,16 +181,6 @@ class ArrayBatches:
             "steps_per_epoch": self.steps,
             "shuffle": self._seed is not None,
         }
-
-    def check_resumable(self) -> None:
-        """Does nothing: any place in any epoch can be gone to."""
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Returns nothing: (seed, epoch, done) tell all."""
-        return {}
-
-    def restore(self, state: dict[str, NDArray[Any]]) -> None:
-        """Does nothing."""
 
 
 class IteratorFeed:
@@ -281,14 +285,13 @@ class DatasetBatches:
 
     def check_resumable(self) -> None:
         """Checks that the order of the data set is not another one in each process."""
-        nodes = list(_nodes(self.dataset))
-        for node in nodes:
-            if _is_unseeded(node):
-                raise ValueError(
-                    f"Expected a data set that gives the same batches in a resumed run, but its {node.op} has no seed. "
-                    "Give shuffle and random operations a seed, or call keras.utils.set_random_seed before the data "
-                    "set is made."
-                )
+        graph = _graph(self.dataset)
+        for op in _unseeded(graph):
+            raise ValueError(
+                f"Expected a data set that gives the same batches in a resumed run, but its {op} has no seed. Give "
+                "shuffle and random operations a seed, or call keras.utils.set_random_seed before the data set is made."
+            )
+        nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
         # A shuffle inside of something that begins it anew, such as repeat, draws seeds at times that no state tells.
         shuffles = any(node.op.startswith("Shuffle") for node in nodes)
         self._anchored = not shuffles or all(
@@ -315,7 +318,6 @@ class DatasetBatches:
         self._iterator = None
         if not self._passes:
             return
-        again = self._taken
         if self._anchor:
             iterator = iter(self.dataset)
             with tempfile.TemporaryDirectory(prefix="streaming_polyak-") as folder:
@@ -328,7 +330,7 @@ class DatasetBatches:
                 for _ in self.dataset:
                     pass
             iterator = iter(self.dataset)
-        for _ in range(again):
+        for _ in range(self._taken):
             next(iterator)
         if is_open:
             self._iterator = iterator
@@ -336,7 +338,7 @@ class DatasetBatches:
             next(iterator, None)
 
 
-class SequenceBatches:
+class SequenceBatches(_ByNumber):
     """Batches of a `keras.utils.PyDataset`, fetched by its own number of `workers`, as threads.
 
     Args:
@@ -400,16 +402,6 @@ class SequenceBatches:
             "shuffle": self._seed is not None,
         }
 
-    def check_resumable(self) -> None:
-        """Does nothing: any batch can be gone to; what the PyDataset itself remembers is its own matter."""
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Returns nothing: (seed, epoch, done) tell all."""
-        return {}
-
-    def restore(self, state: dict[str, NDArray[Any]]) -> None:
-        """Does nothing."""
-
 
 def make_batches(
     x: Any,
@@ -464,28 +456,24 @@ def _saved(iterator: Any) -> dict[str, NDArray[Any]]:
         }
 
 
-def _nodes(dataset: tf.data.Dataset) -> Iterator[Any]:
-    """Yields the nodes of the graph of a data set, and of the functions in it."""
+def _graph(dataset: tf.data.Dataset) -> Any:
+    """Returns the graph of a data set, a GraphDef with the functions in it."""
     ignore = 1  # state outside of the graph, such as Python's
     serialized = tf.raw_ops.DatasetToGraphV2(input_dataset=dataset._variant_tensor, external_state_policy=ignore)
-    graph = tf.compat.v1.GraphDef.FromString(serialized.numpy())
-    yield from graph.node
+    return tf.compat.v1.GraphDef.FromString(serialized.numpy())
+
+
+def _unseeded(graph: Any) -> Iterator[str]:
+    """Yields the kinds of what is drawn without a seed: shuffles, whose seeds are inputs, and random operations."""
     constants = {node.name: node for node in graph.node}
-    for function in graph.library.function:
-        yield from function.node_def
     for node in graph.node:
         if node.op.startswith("Shuffle"):
             seeds = [constants.get(name.split(":")[0]) for name in node.input[2:4]]
             if all(seed is not None and not tf.make_ndarray(seed.attr["value"].tensor) for seed in seeds):
-                node.attr["_unseeded"].b = True
-                yield node
-
-
-def _is_unseeded(node: Any) -> bool:
-    attributes = node.attr
-    if "_unseeded" in attributes:
-        return True
-    return "seed" in attributes and "seed2" in attributes and not (attributes["seed"].i or attributes["seed2"].i)
+                yield node.op
+    for node in [*graph.node, *(node for function in graph.library.function for node in function.node_def)]:
+        if {"seed", "seed2"} <= set(node.attr) and not (node.attr["seed"].i or node.attr["seed2"].i):
+            yield node.op
 
 
 def _array(leaf: Any) -> NDArray[Any]:
