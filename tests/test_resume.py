@@ -330,6 +330,20 @@ def test_callbacks_go_on_as_if_nothing_had_happened(tmp_path):
     assert found[0]["rate"] < 0.01  # it was reduced
 
 
+@pytest.mark.parametrize("memory", ["low", "high"])
+def test_what_a_callback_keeps_is_copied_only_where_memory_is_given_for_it(tmp_path, monkeypatch, memory):
+    commit, seen, counting = RunFolder.commit, [], Counting()
+
+    def looking(self, step, parts, state, **options):
+        kept = [part.read() for part in parts if part.name.startswith("callbacks/0/kept")]
+        seen.append([np.shares_memory(a, b) for a, b in zip(kept, counting.kept or [], strict=True)])
+        return commit(self, step, parts, state, **options)
+
+    monkeypatch.setattr(RunFolder, "commit", looking)
+    fit(trainer(tmp_path / "run", save_every="1 epoch", memory=memory), [counting], epochs=1)
+    assert seen == [[memory == "low"] * 4]
+
+
 # Which run it is.
 
 

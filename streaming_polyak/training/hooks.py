@@ -50,7 +50,7 @@ class Hooks:
     ) -> None:
         self._callbacks, self._averages = list(callbacks), averages
         self._counts: dict[tuple[str, int], int] = {}
-        self._at_first: list[dict[str, Any]] = []
+        self._at_first: list[dict[str, Any]] = []  # the plain attributes of each
         names = list(names)
         for callback in self._callbacks:
             _check(callback, names)
@@ -70,10 +70,13 @@ class Hooks:
         """Whether some callback is called at batches at all."""
         return bool(self._on_batches)
 
-    def begin(self) -> None:
-        """Calls `on_train_begin`."""
+    def begin(self, saved: bool) -> None:
+        """Calls `on_train_begin`; `saved` tells that `state` will be asked for, which is what changes from now on."""
         self.call("on_train_begin")
-        self._at_first = [_encoded(callback) for callback in self._callbacks]
+        if saved:
+            self._at_first = [
+                plain_attributes(callback, f"callbacks/{k}") for k, callback in enumerate(self._callbacks)
+            ]
 
     def state(self, arrays: dict[str, NDArray[Any]]) -> list[Any]:
         """Returns what the callbacks remember, as JSON; arrays in it are put into `arrays`.
@@ -82,15 +85,13 @@ class Hooks:
         texts, arrays, and lists, tuples, dicts and sets of them) and not what they were when the training began.
         """
         said: list[Any] = [encode([[*key, n] for key, n in self._counts.items()], "callbacks/counts", arrays)]
-        for k, (callback, before) in enumerate(zip(self._callbacks, self._at_first, strict=True)):
+        for (k, callback), before in zip(enumerate(self._callbacks), self._at_first, strict=True):
             if hasattr(callback, "get_state"):
                 said.append(encode(callback.get_state(), f"callbacks/{k}", arrays))
                 continue
             changed = {}
-            for name, value in plain_attributes(callback).items():
-                held: dict[str, NDArray[Any]] = {}
-                encoded = encode(value, f"callbacks/{k}/{name}", held)
-                if held or name not in before or before[name] != encoded:
+            for name, (encoded, held) in plain_attributes(callback, f"callbacks/{k}").items():
+                if held or name not in before or before[name][0] != encoded:
                     changed[name] = encoded
                     arrays.update(held)
             said.append(changed)
@@ -173,10 +174,6 @@ class Hooks:
                 yield
             finally:
                 callback.monitor = monitor
-
-
-def _encoded(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    return {name: encode(value, "", {}) for name, value in plain_attributes(callback).items()}
 
 
 def scored_name(name: str, average: str) -> str:

@@ -272,11 +272,11 @@ class Run:
             "callbacks": self._hooks.state(arrays),
         }
         parts = [slot.part(name) for name, slot in slots.items()]
+        kept = [Part.of(name, array) for name, array in arrays.items()]  # what callbacks keep may be a whole model
         if self._memory == "high":
-            parts = [self._copied(part) for part in parts]
-        parts = [replace(part, read=_finite(part)) for part in parts]
+            parts, kept = ([self._copied(part) for part in some] for some in (parts, kept))
+        parts = [*(replace(part, read=_finite(part)) for part in parts), *kept]
         parts += [Part.of(f"data/{name}", array) for name, array in data.items()]
-        parts += [Part.of(name, np.array(array)) for name, array in arrays.items()]
         history = self._history.rows()
 
         def write() -> None:
@@ -298,7 +298,9 @@ class Run:
     def _copied(self, part: Part) -> Part:
         """Returns a part whose array is a copy of the present one, in the memory that the last save's copy had."""
         array = part.read()
-        copy = self._copies.setdefault(part.name, np.empty_like(array))
+        copy = self._copies.get(part.name)
+        if copy is None or (copy.dtype, copy.shape) != (array.dtype, array.shape):
+            copy = self._copies[part.name] = np.empty_like(array)
         np.copyto(copy, array)
         return replace(part, read=lambda: copy)
 

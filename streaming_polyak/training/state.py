@@ -177,17 +177,17 @@ def decode(value: Any, read: Callable[[str], Array]) -> Any:
     return {decode(k, read): decode(v, read) for k, v in inner}
 
 
-def plain_attributes(thing: object) -> dict[str, Any]:
-    """Returns the attributes of an object that can be saved, without those that lead to the model."""
-    found = {}
-    for name, value in vars(thing).items():
-        if name in ("_model", "params"):
-            continue
-        try:
-            encode(value, "", {})
-        except TypeError:
-            continue
-        found[name] = value
+def plain_attributes(thing: object, name: str) -> dict[str, tuple[Any, dict[str, Array]]]:
+    """Returns the attributes of an object that can be saved, without those that lead to the model.
+
+    Each is what `encode` makes of it, and the arrays in it, under names that begin with `name`.
+    """
+    found: dict[str, tuple[Any, dict[str, Array]]] = {}
+    for attribute, value in vars(thing).items():
+        arrays: dict[str, Array] = {}
+        if attribute not in ("_model", "params"):
+            with contextlib.suppress(TypeError):  # it is none that can be saved
+                found[attribute] = encode(value, f"{name}/{attribute}", arrays), arrays
     return found
 
 

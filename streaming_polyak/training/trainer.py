@@ -253,7 +253,7 @@ class Trainer:
         self.model.stop_training = False
         if run is not None:
             run.attach(self._slots, batches, hooks, history, {**self._signature(), "scores": [*trained, *scored]})
-        hooks.begin()
+        hooks.begin(saved=run is not None)
         if run is not None and run.resumes:
             position = run.restore()
             self._member_files.resume(position.epoch + (position.phase == "validate"))
