@@ -31,7 +31,7 @@ from streaming_polyak import (
 from streaming_polyak.files import source
 from streaming_polyak.files.run_folder import RunFolder
 from streaming_polyak.training import run as run_module
-from streaming_polyak.training.data import DatasetBatches
+from streaming_polyak.training.datasets import DatasetBatches
 from streaming_polyak.training.hooks import Hooks
 from streaming_polyak.training.state import random_slots
 

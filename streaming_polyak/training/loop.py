@@ -14,7 +14,8 @@ from typing import Any, cast
 import keras
 import tensorflow as tf
 
-from streaming_polyak.training.data import Feed, IteratorFeed, RowFeed
+from streaming_polyak.training.data import Feed, RowFeed
+from streaming_polyak.training.datasets import IteratorFeed
 
 Step = Callable[[Any], None]
 
