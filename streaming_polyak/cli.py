@@ -15,11 +15,10 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import IO, Any, Literal, NoReturn
+from types import FrameType
+from typing import Any, Literal, NoReturn
 
 import click
 
@@ -35,43 +34,20 @@ from streaming_polyak.files.meter import parse_bytes
 from streaming_polyak.files.run_folder import RunFolder
 from streaming_polyak.files.run_status import run_status
 from streaming_polyak.files.sweep import MAX_POWER, sweep_checkpoints
-from streaming_polyak.files.tensors import TensorTable, is_optimizer, printable
+from streaming_polyak.files.tensors import TensorTable, is_optimizer
 from streaming_polyak.files.verify import verify_checkpoint
+from streaming_polyak.user_code import Error, load, safe, told
 from streaming_polyak.weighting import LINEAR, MEAN, Exponential, Polynomial, Weighting, parse_weighting
 
 
 def _say(text: str, *, err: bool = False) -> None:
-    click.echo(_safe(text), err=err)
-
-
-def _safe(text: str) -> str:
-    """Returns lines in which nothing that stands in a stranger's file, such as a name, controls the terminal."""
-    return "\n".join(map(printable, text.split("\n")))
+    click.echo(safe(text), err=err)
 
 
 def _words(error: Exception) -> str:
     return (
         str(error).replace("pass overwrite=True", "give --overwrite").replace("Pass overwrite=True", "Give --overwrite")
     )
-
-
-class _Error(click.ClickException):
-    """The work could not be done."""
-
-    def format_message(self) -> str:
-        return _safe(self.message)
-
-
-class _UserError(_Error):
-    """An error of a function that the user gave; `frames` are shown before its message."""
-
-    def __init__(self, message: str, frames: str) -> None:
-        super().__init__(message)
-        self.frames = frames
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(_safe(self.frames), file, nl=False, err=True)
-        super().show(file)
 
 
 @contextlib.contextmanager
@@ -100,9 +76,9 @@ class _Group(click.Group):
             with _cleaning_up_when_terminated():
                 return super().invoke(ctx)
         except (StreamingPolyakError, ValueError, OSError, ImportError) as error:
-            raise _Error(_words(error)) from error
+            raise Error(_words(error)) from error
         except RecursionError as error:
-            raise _Error("What is said in one of the files is nested too deeply to be shown.") from error
+            raise Error("What is said in one of the files is nested too deeply to be shown.") from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -310,7 +286,7 @@ def sweep(
     if weights is not None:
         _check_count(weights, checkpoints, options["last"])
         chosen.append(weights)
-    evaluate = _load(function, "--evaluate")
+    evaluate = load(function, "--evaluate")
     # What can be seen to fail is told before, not after, hours of work.
     outputs = {"--csv": csv_path, "--plot": plot_path, "--export-best": export_best}
     module = function.rpartition(":")[0]
@@ -358,7 +334,7 @@ def sweep(
             except (StreamingPolyakError, ValueError, OSError, ImportError) as error:
                 failed.append(error)
     if failed:
-        raise _Error("\nError: ".join(map(_words, failed))) from failed[0]
+        raise Error("\nError: ".join(map(_words, failed))) from failed[0]
 
 
 @main.command()
@@ -458,7 +434,7 @@ def train(function: str, run_dir: Path, epochs: int | None, resume: str) -> None
       streaming-polyak train jobs.text:make --run-dir runs/2 --epochs 50 --resume must
     """  # noqa: D301
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    made = _load(function, "MODULE:FUNCTION")(run_dir)
+    made = load(function, "MODULE:FUNCTION")(run_dir)
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Mapping)):
         raise click.UsageError(
             f"{function} must return a Trainer and a dict of arguments for its fit, got {made!r:.100}."
@@ -467,7 +443,7 @@ def train(function: str, run_dir: Path, epochs: int | None, resume: str) -> None
     if getattr(trainer, "run_dir", None) is None or trainer.run_dir.resolve() != run_dir.resolve():
         raise click.UsageError(f"{function} must return a Trainer whose run_dir is the one that it got, {run_dir}.")
     chosen = {"resume": resume} if epochs is None else {"resume": resume, "epochs": epochs}
-    with _told(function):
+    with told(function):
         history = trainer.fit(**{**arguments, **chosen})
     last = {name: values[-1] for name, values in history.history.items()}
     scores = ", ".join(f"{name}={value:.4g}" for name, value in last.items() if isinstance(value, float))
@@ -622,76 +598,6 @@ def _check_export(best: Path, newest: TensorTable, overwrite: bool) -> None:
         ) from None
     if record(best, format).exists() and not overwrite:
         raise FileExistsError(f"{best} exists already. Choose another name, or give --overwrite to replace it.")
-
-
-def _load(function: str, hint: str) -> Callable[[Any], Any]:
-    """Returns the callable that MODULE:NAME or PATH.py:NAME stands for; what it raises is told as the user's error.
-
-    `hint` says where the name was given, for messages.
-    """
-    module, colon, name = function.rpartition(":")
-    if not (module and colon and name):
-        raise click.BadParameter(f"{function!r} is not of the form MODULE:FUNCTION", param_hint=hint)
-    try:
-        # Their folder goes behind all others in sys.path, so that no file in it hides a module that is imported later.
-        with _told(function):
-            if module.endswith(".py"):
-                loaded = _from_path(Path(module).resolve(), hint)
-            else:
-                sys.path.append(os.getcwd())
-                loaded = importlib.import_module(module)
-    except _UserError as error:
-        missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
-        if missing is not None and f"{module}.".startswith(f"{missing}."):
-            raise click.BadParameter(f"{function!r} cannot be loaded: {error.__cause__}", param_hint=hint) from error
-        raise
-    found = getattr(loaded, name, None)
-    if not callable(found):
-        reason = "is not callable" if hasattr(loaded, name) else f"cannot be loaded: {loaded.__file__} has no such name"
-        raise click.BadParameter(f"{function!r} {reason}", param_hint=hint)
-
-    def call(argument: Any) -> Any:
-        with _told(function):
-            return found(argument)
-
-    return call
-
-
-def _from_path(path: Path, hint: str) -> ModuleType:
-    if not path.is_file():
-        raise click.BadParameter(f"{path} cannot be loaded: there is no such file", param_hint=hint)
-    sys.path.append(str(path.parent))
-    name = path.stem if path.stem not in sys.modules else f"{path.stem} of {hint}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None  # the name ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickle look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def _told(function: str) -> Iterator[None]:
-    """Tells an error of the user's own code by the frames that led to it there, and where in their file it arose."""
-    try:
-        yield
-    except (StreamingPolyakError, click.ClickException):
-        raise
-    except Exception as error:
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename not in (__file__, importlib.__file__) and "importlib._boot" not in frame.filename
-        ]
-        where = ""
-        if frames and Path(frames[0].filename).is_relative_to(Path(__file__).parent):
-            frames = []  # an object of the library, such as a KerasEvaluator: its message says all
-        if frames:
-            line = [frame.lineno for frame in frames if frame.filename == frames[0].filename][-1]
-            where = f" ({frames[0].filename}:{line})"
-        shown = "".join(traceback.format_list(frames))
-        raise _UserError(f"{function} raised {type(error).__name__}: {error}{where}", shown) from error
 
 
 def _paragraph(text: str) -> None:

@@ -33,6 +33,7 @@ RANKS = {
     "streaming_polyak.training": 6,
     "streaming_polyak.plots": 3,
     "streaming_polyak.demo": 8,
+    "streaming_polyak.user_code": 6,
     "streaming_polyak.cli": 9,
     "streaming_polyak.__main__": 10,
     "streaming_polyak": 7,
