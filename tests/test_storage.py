@@ -4,12 +4,15 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+from streaming_polyak.files.disk import Disk
 from streaming_polyak.files.storage import REPLACED, TEMPORARY, Storage
 
 
@@ -274,6 +277,28 @@ def test_of_runs_at_once_one_wins_and_what_it_made_is_whole(tmp_path, overwrite)
         assert sorted(outcomes) == (["made"] * 3 if overwrite else ["made", "refused", "refused"])
         found = contents(folder)
         assert found in [{"r": b"a b", "a": data, "b": data} for data in (b"1", b"2")]
+
+
+def test_a_child_forked_in_the_middle_keeps_nobody_waiting(tmp_path):
+    class Forking(Disk):
+        child = None
+
+        def link(self, old, new):
+            if Forking.child is None and (pid := os.fork()) == 0:
+                time.sleep(30)
+                os._exit(0)
+            elif Forking.child is None:
+                Forking.child = pid
+            super().link(old, new)
+
+    Storage(Forking()).commit(tmp_path / "a", lambda temporary: temporary.touch())
+    try:
+        started = time.monotonic()
+        Storage().commit(tmp_path / "b", lambda temporary: temporary.touch())
+        assert time.monotonic() - started < 10
+    finally:
+        os.kill(Forking.child, signal.SIGKILL)
+        os.waitpid(Forking.child, 0)
 
 
 def test_without_hard_links_a_failed_rename_leaves_no_empty_file(tmp_path, monkeypatch):

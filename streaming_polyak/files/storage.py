@@ -248,6 +248,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
+        with contextlib.suppress(OSError):  # to close it is not enough if the process was forked meanwhile
+            fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
 
