@@ -185,7 +185,7 @@ def _wait(pid: int, seconds: float) -> int | None:
 def main(runs: int, fork: bool, name: str, seed: int, as_json: bool) -> None:
     """Kill a run KILLS times; exit status 1 if it does not end with the bits of one that nobody killed."""
     number, moments = signal.Signals[f"SIG{name}"], random.Random(seed)
-    epochs = 20 + 10 * runs  # so much that it is not through before it has been killed so often
+    epochs = 20 + 7 * runs  # so much that it is not through before it has been killed so often
     children = Children(fork, epochs)
     hits: collections.Counter[str] = collections.Counter()
     bad: list[str] = []

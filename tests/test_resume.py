@@ -92,13 +92,13 @@ class StopAt(keras.callbacks.Callback):
 def data(seed=0):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(ROWS, 5)).astype(np.float32)
-    return x, (x @ rng.normal(size=(5, 2)) > 0).astype(np.float32)
+    return x, (x @ rng.normal(size=(5, 5)) > 0).astype(np.float32)
 
 
 def trainer(folder, optimizer="adam", layers="dropout", save_every="1 step", **options):
     keras.utils.set_random_seed(7)
     model = keras.Sequential(
-        [keras.Input((5,)), keras.layers.Dense(9, activation="tanh"), *LAYERS[layers](), keras.layers.Dense(2)]
+        [keras.Input((5,)), keras.layers.Dense(5, activation="tanh"), *LAYERS[layers](), keras.layers.Dense(5)]
     )
     model.compile(
         OPTIMIZERS[optimizer](),
@@ -139,28 +139,41 @@ def finished(made, stops, make, **options):
 
 
 @pytest.fixture(scope="module")
-def wanted():
-    """The bits of runs that nobody stopped, by optimizer and layers."""
+def whole(tmp_path_factory):
+    """Runs that nobody stopped, by optimizer and layers: their bits, and the folder with all their checkpoints."""
     known = {}
 
-    def get(folder, optimizer="adam", layers="dropout"):
+    def get(optimizer="adam", layers="dropout"):
         if (optimizer, layers) not in known:
-            made = trainer(folder / "uninterrupted", optimizer, layers)
+            folder = tmp_path_factory.mktemp("whole")
+            made = trainer(folder, optimizer, layers, keep=1000)
             fit(made, [StopAt(10**6)])
-            known[optimizer, layers] = bits(made)
+            known[optimizer, layers] = bits(made), RunFolder(folder)
         return known[optimizer, layers]
 
     return get
 
 
+@pytest.fixture(scope="module")
+def wanted(whole):
+    """The bits of a run that nobody stopped."""
+    return lambda *_: whole()[0]
+
+
 @pytest.mark.parametrize("stop", [6, 9, 11, 13], ids=["epoch end", "mid-epoch", "last batch", "first batch"])
 @pytest.mark.parametrize("layers", ["plain", "dropout", "batch norm"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, wanted, optimizer, layers, stop):
-    def make():
-        return trainer(tmp_path / "run", optimizer, layers)
-
-    assert bits(finished(make(), [stop], make)) == wanted(tmp_path, optimizer, layers)
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, whole, optimizer, layers, stop):
+    """What a kill in batch `stop` leaves is what was saved before it."""
+    wanted, folder = whole(optimizer, layers)
+    (tmp_path / "checkpoints").mkdir()
+    for saved in folder.saved():
+        if saved.step < stop:
+            shutil.copy(saved.path, tmp_path / "checkpoints")
+    assert RunFolder(tmp_path).saved()[-1].step == stop - 1
+    made = trainer(tmp_path, optimizer, layers)
+    fit(made, [StopAt(10**6)], resume="must")
+    assert bits(made) == wanted
 
 
 def test_many_stops_in_one_run_change_no_bit(tmp_path, wanted):
