@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and resumed ends with the bits of one that was not."""
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -256,33 +257,78 @@ def test_a_data_set_of_another_order_in_each_process_is_refused_at_the_start(tmp
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+class Rows(keras.utils.PyDataset):
+    def __len__(self):
+        return STEPS
+
+    def __getitem__(self, k):
+        return tuple(a[k * BATCH : (k + 1) * BATCH] for a in data())
+
+
+def given(kind):
+    """A data set of a kind, with the rows of `data`."""
+    return Rows() if kind == "PyDataset" else PIPELINES["shuffled"](tf.data.Dataset.from_tensor_slices(data()))
+
+
 @pytest.mark.parametrize("kind", ["tf.data", "PyDataset"])
 def test_a_run_on_a_data_set_is_resumed_to_the_bit(tmp_path, kind):
-    class Rows(keras.utils.PyDataset):
-        def __len__(self):
-            return STEPS
-
-        def __getitem__(self, k):
-            return tuple(a[k * BATCH : (k + 1) * BATCH] for a in data())
-
-    def given():
-        if kind == "PyDataset":
-            return Rows()
-        return PIPELINES["shuffled"](tf.data.Dataset.from_tensor_slices(data()))
-
     def make(name="run"):
         return trainer(tmp_path / name)
 
     whole = make("whole")
-    fit(whole, [StopAt(10**6)], x=given())
+    fit(whole, [StopAt(10**6)], x=given(kind))
     wanted = bits(whole)
     made = make()
     for stop in (3, 5, 2):
         with pytest.raises(Stopped):
-            fit(made, [StopAt(stop)], x=given())
+            fit(made, [StopAt(stop)], x=given(kind))
         made = make()
-    fit(made, [StopAt(10**6)], x=given())
+    fit(made, [StopAt(10**6)], x=given(kind))
     assert bits(made) == wanted
+
+
+class Logging(keras.layers.Layer):
+    """Gives the first number of each row in training to a function."""
+
+    def __init__(self, note):
+        super().__init__()
+        self._note = note
+
+    def call(self, x, training=False):
+        if training:
+            tf.numpy_function(lambda rows: self._note(rows[:, 0].tolist()) or np.float32(0), [x], tf.float32)
+        return x
+
+
+@pytest.mark.parametrize("kind", ["arrays", "tf.data", "PyDataset"])
+def test_each_sample_is_seen_once_an_epoch_in_one_order_over_a_chain_of_stops(tmp_path, kind):
+    """What a stop has lost is seen a second time, in the same batches, and nothing else is."""
+
+    def run(name, stop):
+        keras.utils.set_random_seed(7)
+        log = []
+        model = keras.Sequential([keras.Input((5,)), Logging(log.append), keras.layers.Dense(5)])
+        model.compile("sgd", "mse", jit_compile=False)
+        made = Trainer(model, seed=3, run_dir=tmp_path / name, save_every="2 steps")
+        saved = RunFolder(tmp_path / name).saved()
+        x = None if kind == "arrays" else given(kind)
+        with contextlib.suppress(Stopped):
+            fit(made, [StopAt(stop)], x=x)
+        return dict(enumerate(log, saved[-1].step if saved else 0))
+
+    whole = run("whole", 10**6)
+    assert sorted(whole) == list(range(EPOCHS * STEPS))
+    epochs = [sum((whole[epoch * STEPS + k] for k in range(STEPS)), []) for epoch in range(EPOCHS)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(data()[0][:, 0].tolist())] * EPOCHS
+    assert len({tuple(epoch) for epoch in epochs}) == EPOCHS  # Keras' own fit may repeat one order
+    seen, again = {}, 0
+    for stop in (3, 5, 2, 7, 10**6):
+        part = run("stopped", stop)
+        assert all(seen[step] == part[step] for step in seen.keys() & part.keys())
+        again += len(seen.keys() & part.keys())
+        seen |= part
+    assert seen == whole
+    assert 0 < again <= 2 * 4  # no more of each stop than the two steps between saves
 
 
 # What callbacks remember.
@@ -573,6 +619,24 @@ def test_a_signal_ends_it_saved_after_the_step_and_gives_the_handlers_back(tmp_p
     again = trainer(tmp_path / "run", save_every="1 epoch")
     fit(again, [Signal(), StopAt(10**6)])
     assert bits(again) == wanted(tmp_path)
+
+
+@pytest.mark.parametrize("memory", ["low", "high"])
+def test_a_folder_that_is_renamed_under_a_run_ends_it_and_brought_back_it_goes_on(tmp_path, wanted, memory):
+    class Renames(StopAt):
+        def on_train_batch_end(self, batch, logs=None):
+            super().on_train_batch_end(batch, logs)
+            if self._left[0] == 7:
+                os.rename(tmp_path / "run", tmp_path / "elsewhere")
+
+    made = trainer(tmp_path / "run", memory=memory)
+    with pytest.raises(FileNotFoundError, match="was removed, renamed or exchanged while the run in it trained"):
+        fit(made, [Renames(15)])
+    assert os.listdir(tmp_path) == ["elsewhere"]
+    os.rename(tmp_path / "elsewhere", tmp_path / "run")
+    made = trainer(tmp_path / "run", memory=memory)
+    fit(made, [Renames(10**6)])
+    assert bits(made) == wanted(tmp_path)
 
 
 def test_an_error_of_the_writer_is_raised_at_the_next_step(tmp_path, monkeypatch):

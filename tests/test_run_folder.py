@@ -358,10 +358,12 @@ def refused(folder, saved):
 
 @pytest.mark.slow
 def test_a_checkpoint_truncated_at_any_byte_is_passed_over(two, caplog):
+    two.commit(20, [*parts(20), Part.of("more", np.ones((80, 64), np.float32))], {"epoch": 2}, save=2)
     newest = two.saved()[-1]
     data = newest.path.read_bytes()
-    for size in range(len(data)):
-        newest.path.write_bytes(data[:size])
+    assert len(data) > 20_000
+    for size in reversed(range(len(data))):
+        os.truncate(newest.path, size)
         refused(two, newest)
     for _ in range(3):
         assert is_of(two.latest(), 10)
@@ -479,6 +481,26 @@ def test_a_folder_that_is_gone_or_read_only_is_an_error(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(OSError, match="Not a directory"):
         commit(RunFolder(tmp_path / "run"), 10)
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "exchanged"])
+def test_a_folder_that_goes_away_under_a_run_is_told_before_anything_is_written(tmp_path, how):
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock() as lock:
+        commit(folder, 10)
+        lock.check()
+        os.rename(tmp_path / "run", tmp_path / "elsewhere")
+        if how == "removed":
+            shutil.rmtree(tmp_path / "elsewhere")
+        if how == "exchanged":
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / "LOCK").touch()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(
+            FileNotFoundError, match=r"run was removed, renamed or exchanged while the run in it trained"
+        ):
+            lock.check()
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 # Who is at work.

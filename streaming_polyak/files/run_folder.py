@@ -224,6 +224,22 @@ class RunLock:
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, json.dumps(who).encode(), 0)
 
+    def check(self) -> None:
+        """Checks that the folder is still where it was; one made anew in its place would be nobody's.
+
+        Raises:
+            FileNotFoundError: it was removed, renamed or exchanged.
+        """
+        try:
+            same = os.path.samestat(os.stat(self._folder / "LOCK"), os.fstat(self._fd))
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        if not same:
+            raise FileNotFoundError(
+                f"{self._folder} was removed, renamed or exchanged while the run in it trained, so nothing was saved. "
+                "Bring it back if it is elsewhere, and start the run again: it goes on from its last checkpoint."
+            )
+
     def __enter__(self) -> RunLock:
         return self
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from streaming_polyak.errors import CheckpointError, Interrupted, NonFiniteError
 from streaming_polyak.files.run_checkpoint import Part, RunCheckpoint
-from streaming_polyak.files.run_folder import RunFolder
+from streaming_polyak.files.run_folder import RunFolder, RunLock
 from streaming_polyak.files.storage import write_csv
 from streaming_polyak.files.tensors import FLOATS
 from streaming_polyak.training.data import Batches
@@ -126,12 +126,13 @@ class Run:
         self._copies: dict[str, Array] = {}
         self._signal = 0
         self._resumed: RunCheckpoint | None = None
+        self._lock: RunLock
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keeps other processes out of the folder, and SIGTERM and Ctrl-C from ending this one in the middle."""
         with ExitStack() as stack:
-            stack.enter_context(self._folder.lock())
+            self._lock = stack.enter_context(self._folder.lock())
             self._folder.clean()
             stack.callback(self._disk.shutdown)
             if threading.current_thread() is threading.main_thread():
@@ -258,7 +259,7 @@ class Run:
 
         Raises:
             NonFiniteError: something in it is not finite, and that is no reason to skip it.
-            OSError: the disk refused.
+            OSError: the disk refused, or the folder is gone.
         """
         self._wait()
         slots = {**self._slots(), **random_slots()}
@@ -280,6 +281,7 @@ class Run:
         history = self._history.rows()
 
         def write() -> None:
+            self._lock.check()
             self._folder.commit(position.steps, parts, state, save=self._saves + 1)
             self._saves += 1
             write_csv(self._folder.path / "history.csv", *history)
