@@ -3,12 +3,14 @@
     python scripts/crash_test.py 20
     python scripts/crash_test.py 200 --fork
     python scripts/crash_test.py 100 --fork --signal TERM
+    python scripts/crash_test.py 10 --fork --signal TERM --grace 0.02
 
 The run is a small network with dropout and batch normalisation, Adam, averages of epochs and of steps, validation and
 a callback with a memory, saved at every third step. A child process trains; it is sent SIGKILL after a random time, and
 then the next child goes on with what is on the disk. In the end the SHA-256 of all weights, optimizer slots, averages,
 counters, random states and the history are compared. Each child starts Python anew, so that imports are hit too; with
---fork it is a fork of a process that has imported TensorFlow but not used it, which is quicker.
+--fork it is a fork of a process that has imported TensorFlow but not used it, which is quicker. With --grace it is sent
+SIGKILL when it has not come to its end so long after the first signal, as schedulers do.
 """
 
 from __future__ import annotations
@@ -180,9 +182,10 @@ def _wait(pid: int, seconds: float) -> int | None:
 @click.argument("runs", type=click.IntRange(1), metavar="KILLS")
 @click.option("--fork", is_flag=True, help="Fork the children from a process that has imported TensorFlow.")
 @click.option("--signal", "name", type=click.Choice(["KILL", "TERM", "INT"]), default="KILL", show_default=True)
+@click.option("--grace", type=click.FloatRange(0), metavar="SECONDS", help="From the signal to a SIGKILL.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the moments.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def main(runs: int, fork: bool, name: str, seed: int, as_json: bool) -> None:
+def main(runs: int, fork: bool, name: str, grace: float | None, seed: int, as_json: bool) -> None:
     """Kill a run KILLS times; exit status 1 if it does not end with the bits of one that nobody killed."""
     number, moments = signal.Signals[f"SIG{name}"], random.Random(seed)
     epochs = 20 + 7 * runs  # so much that it is not through before it has been killed so often
@@ -197,7 +200,7 @@ def main(runs: int, fork: bool, name: str, seed: int, as_json: bool) -> None:
         longest = time.monotonic() - began
         if status != 0:
             raise click.ClickException(f"the run that nobody kills ended with the status {status}.")
-        kills = starts = 0
+        kills = starts = overdue = 0
         reached: list[int] = []
         status = None
         # A kill when little is left of the run would find it ended: the moment is chosen over what a start takes.
@@ -215,8 +218,13 @@ def main(runs: int, fork: bool, name: str, seed: int, as_json: bool) -> None:
             hits[children.phase] += 1
             os.kill(pid, number)
             kills += 1
-            ended = _wait(pid, _EXIT_SECONDS)
+            ended = _wait(pid, _EXIT_SECONDS if grace is None else grace)
             expected = {-number} if name == "KILL" else {-number, 128 + number}
+            if ended is None and grace is not None:
+                os.kill(pid, signal.SIGKILL)
+                ended = _wait(pid, _EXIT_SECONDS)
+                expected = {-signal.SIGKILL}
+                overdue += 1
             if ended not in expected:
                 bad.append(f"kill {kills} in {children.phase}: status {ended}, expected one of {sorted(expected)}")
             with contextlib.suppress(FileNotFoundError):
@@ -232,6 +240,7 @@ def main(runs: int, fork: bool, name: str, seed: int, as_json: bool) -> None:
     result = {
         "signal": f"SIG{name}",
         "kills": kills,
+        "overdue": overdue,
         "starts": starts,
         "resumes": max(0, starts - 1),
         "hits": {phase: hits[phase] for phase in PHASES if hits[phase]},
@@ -250,7 +259,9 @@ def _report(result: dict[str, Any], as_json: bool, echo: Callable[[str], None]) 
         echo(json.dumps(result, indent=1))
         return
     where = ", ".join(f"{phase} {count}" for phase, count in result["hits"].items())
-    echo(f"{result['kills']} times {result['signal']}, {result['starts']} starts, {result['seconds']} s; hit: {where}")
+    overdue = f" ({result['overdue']} not through in time: SIGKILL)" if result["overdue"] else ""
+    echo(f"{result['kills']} times {result['signal']}{overdue}, {result['starts']} starts, {result['seconds']} s")
+    echo(f"hit: {where}")
     echo(f"nobody killed it   SHA-256 {result['sha256'][0]}")
     echo(f"killed and resumed SHA-256 {result['sha256'][1]}")
     echo("the same bits" if not result["bad"] else "\n".join(["WRONG:", *result["bad"]]))

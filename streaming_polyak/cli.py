@@ -33,6 +33,7 @@ from streaming_polyak.files.inspection import inspect_checkpoints
 from streaming_polyak.files.meter import parse_bytes
 from streaming_polyak.files.run_folder import RunFolder
 from streaming_polyak.files.run_status import run_status
+from streaming_polyak.files.storage import same_file
 from streaming_polyak.files.sweep import MAX_POWER, sweep_checkpoints
 from streaming_polyak.files.tensors import TensorTable, is_optimizer
 from streaming_polyak.files.verify import verify_checkpoint
@@ -575,7 +576,7 @@ def _check_outputs(
         if path.is_dir():
             raise IsADirectoryError(f"{said} is a folder. Choose another name.")
         for what, files in kept.items():
-            if path.exists() and any(file.exists() and path.samefile(file) for file in files):
+            if any(same_file(path, file) for file in files):
                 raise ValueError(f"{said} is {what}, or a file of it. Choose another name.")
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):

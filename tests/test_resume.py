@@ -318,7 +318,7 @@ def test_each_sample_is_seen_once_an_epoch_in_one_order_over_a_chain_of_stops(tm
 
     whole = run("whole", 10**6)
     assert sorted(whole) == list(range(EPOCHS * STEPS))
-    epochs = [sum((whole[epoch * STEPS + k] for k in range(STEPS)), []) for epoch in range(EPOCHS)]
+    epochs = [[row for k in range(STEPS) for row in whole[epoch * STEPS + k]] for epoch in range(EPOCHS)]
     assert [sorted(epoch) for epoch in epochs] == [sorted(data()[0][:, 0].tolist())] * EPOCHS
     assert len({tuple(epoch) for epoch in epochs}) == EPOCHS  # Keras' own fit may repeat one order
     seen, again = {}, 0

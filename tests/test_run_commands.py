@@ -15,14 +15,17 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "crash_test.py"
 
 @pytest.mark.slow
 @pytest.mark.tensorflow
-@pytest.mark.parametrize(("kills", "name"), [(20, "KILL"), (10, "TERM")])
-def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(kills, name):
-    program = [sys.executable, SCRIPT, str(kills), "--fork", "--signal", name, "--json"]
+@pytest.mark.parametrize(
+    ("kills", "name", "more"), [(20, "KILL", ()), (10, "TERM", ()), (10, "TERM", ("--grace", "0.02"))]
+)
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(kills, name, more):
+    program = [sys.executable, SCRIPT, str(kills), "--fork", "--signal", name, *more, "--json"]
     run = subprocess.run(program, capture_output=True, text=True)
     result = json.loads(run.stdout[run.stdout.index("{") :])
     assert result["bad"] == []
     assert run.returncode == 0
     assert result["kills"] > kills // 2  # the run may end before
+    assert bool(result["overdue"]) is bool(more)
     assert result["sha256"][0] == result["sha256"][1]
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -561,3 +562,14 @@ def test_two_runs_of_one_process_do_not_share_a_folder(tmp_path):
 
 def test_saved_is_told_by_names_alone(two):
     assert two.saved() == [Saved(step, two.checkpoints_folder / f"step-{step:012d}.safetensors") for step in (10, 20)]
+
+
+@pytest.mark.slow
+def test_readers_get_whole_checkpoints_or_are_told_while_new_ones_come_and_old_ones_go():
+    script = Path(__file__).parent.parent / "scripts" / "read_while_saving.py"
+    run = subprocess.run([sys.executable, script, "3", "--json"], capture_output=True, text=True)
+    result = json.loads(run.stdout)
+    assert (run.returncode, result["bad"], run.stderr) == (0, 0, "")
+    assert result["counts"]["saves"] > 50
+    assert result["counts"]["latest: whole"] > 10
+    assert result["counts"].get("average: whole", 0) + result["counts"].get("average: gone", 0) > 10

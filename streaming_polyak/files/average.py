@@ -40,7 +40,7 @@ from streaming_polyak.files.formats.drafts import (
 from streaming_polyak.files.formats.hdf5 import Parser
 from streaming_polyak.files.inputs import check_no_averages, find_inputs
 from streaming_polyak.files.meter import Meter, cpus, format_bytes, parse_bytes
-from streaming_polyak.files.storage import Storage
+from streaming_polyak.files.storage import Storage, same_file
 from streaming_polyak.files.summation import TILE
 from streaming_polyak.files.tensors import Tensor, TensorTable, differences, is_optimizer
 from streaming_polyak.weighting import MEAN, Weighting
@@ -276,8 +276,7 @@ def _check_output(output: Path, format: str, inputs: CheckpointSet, structure: T
     resolved = {path.resolve() for path in written}
     for kind, table in [*(("input", table) for table in inputs.tables), ("template", structure)]:
         for path in (table.path, *(source.path for source in table.sources)):
-            same = path.exists() and any(new.exists() and new.samefile(path) for new in written)  # another name of it
-            if same or path.resolve() in resolved:
+            if path.resolve() in resolved or any(same_file(path, new) for new in written):
                 raise CheckpointError("output-is-input", output, f"it is the {kind} {table.path}. Choose another name.")
     if not final.exists():
         return

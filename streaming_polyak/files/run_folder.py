@@ -35,6 +35,7 @@ logger = logging.getLogger("streaming_polyak")
 
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
 _LEFT = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]{12}-" + _NAME.pattern)
+_TOUCHED = 10  # times that a checkpoint is found touched while it is read, until it counts as damaged
 
 
 @dataclass(frozen=True)
@@ -103,23 +104,26 @@ class RunFolder:
         Raises:
             CheckpointError: there are checkpoints, and none is whole.
         """
-        saved = self.saved()
-        for entry in reversed(saved):
-            try:
-                return self.open(entry)
-            except CheckpointError as error:
-                if not entry.path.exists():  # the process that trains has removed it, as there is a newer one
-                    return self.latest()
-                if entry.path not in self._reported:
-                    self._reported.add(entry.path)
-                    logger.warning("A checkpoint is damaged and passed over; it is left where it is. %s", error)
-        if saved:
-            raise CheckpointError(
-                "all-damaged",
-                self.checkpoints_folder,
-                f"none of its {len(saved)} checkpoints is whole. Bring one back from elsewhere, or start anew in "
-                "another folder.",
-            )
+        touched = 0
+        while saved := self.saved():
+            for entry in reversed(saved):
+                try:
+                    return self.open(entry)
+                except CheckpointError as error:
+                    # The process that trains has just committed it, or has removed it, as there is a newer one.
+                    touched += error.code == "changed"
+                    if not entry.path.exists() or (error.code == "changed" and touched < _TOUCHED):
+                        break
+                    if entry.path not in self._reported:
+                        self._reported.add(entry.path)
+                        logger.warning("A checkpoint is damaged and passed over; it is left where it is. %s", error)
+            else:
+                raise CheckpointError(
+                    "all-damaged",
+                    self.checkpoints_folder,
+                    f"none of its {len(saved)} checkpoints is whole. Bring one back from elsewhere, or start anew in "
+                    "another folder.",
+                )
         return None
 
     def open(self, saved: Saved) -> RunCheckpoint:

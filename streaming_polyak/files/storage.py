@@ -222,6 +222,14 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     Storage().commit(path, write, overwrite=True)
 
 
+def same_file(path: Path, other: Path) -> bool:
+    """Returns whether both are there and names of one file; either may go away meanwhile."""
+    try:
+        return path.samefile(other)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def _temporary(path: Path) -> Path:
     """Returns a free name beside `path` with the same suffixes."""
     return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}-{_end(path)}")

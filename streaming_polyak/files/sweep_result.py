@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from streaming_polyak.errors import CheckpointError
 from streaming_polyak.files.average import AverageReport, average_checkpoints
-from streaming_polyak.files.storage import Storage, write_csv
+from streaming_polyak.files.storage import Storage, same_file, write_csv
 from streaming_polyak.files.tensors import printable, without_nan
 from streaming_polyak.weighting import Weighting
 
@@ -185,7 +185,7 @@ class SweepResult:
             CheckpointError: `output` is one of the members that were swept, also one that is not in the row.
         """
         for path in self.paths:
-            if Path(output).exists() and path.exists() and path.samefile(output):
+            if same_file(path, Path(output)):
                 raise CheckpointError("output-is-input", output, f"it is the member {path}. Choose another name.")
         weighting = None if row.weighting == SINGLE else self.weightings[row.weighting]
         if isinstance(weighting, Weighting):
