@@ -361,6 +361,33 @@ def test_add_loss_terms_are_trained():
     np.testing.assert_allclose(weights(ours), weights(plain), rtol=1e-4, atol=1e-6)
 
 
+class Means(keras.layers.Layer):
+    """The mean of each row, however long."""
+
+    def call(self, x):
+        return tf.reduce_mean(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "sparse"])
+def test_ragged_and_sparse_data_train_as_in_keras(kind):
+    rows = [[1.0, 2.0], [3.0], [4.0, -5.0, 6.0], [1.0]] * 4
+    x = tf.ragged.constant(rows) if kind == "ragged" else tf.sparse.from_dense(np.eye(16, dtype=np.float32))
+    data = tf.data.Dataset.from_tensor_slices((x, np.arange(16, dtype=np.float32)[:, None])).batch(4)
+    trained = []
+    for own in (True, False):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([*([Means()] if kind == "ragged" else []), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.01), "mse", metrics=["mae"], jit_compile=False)
+        if own:
+            history = Trainer(model, {"mean": Average(MEAN)}).fit(data, epochs=3, progress=False).history
+        else:
+            history = model.fit(data, epochs=3, shuffle=False, verbose=0).history
+        trained.append((model.get_weights(), history["loss"], history["mae"]))
+    for ours, theirs in zip(*trained, strict=True):
+        for mine, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-5)
+
+
 def test_memory_mapped_arrays_and_tuples_of_inputs_work(tmp_path):
     np.save(tmp_path / "x.npy", X)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")

@@ -4,15 +4,19 @@ Each case runs in a child process of its own, which this one samples every 2 ms 
 is how long one save keeps the training waiting: with memory="low" it is written meanwhile, with memory="high" it is
 copied and written while the training goes on. "write" is a file of the same bytes written and synced in blocks of
 4 MiB, which no save can be quicker than. "of a run" is the stall every minute, which is how often a run is saved at
-most if nobody says how often. All seconds are medians.
+most if nobody says how often. All seconds are medians. With --whole, each size is trained for so many minutes at the
+default, and then for as many epochs without a run folder: "in saves" is what part of the first run its saves took,
+"longer" how much longer it took than the second.
 
     python scripts/benchmarks/save_run.py
+    python scripts/benchmarks/save_run.py --whole 3
     python scripts/benchmarks/save_run.py --parameters 1e8 --repeats 3 --json
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -42,18 +46,25 @@ def resident(pid: int | str = "self") -> int:
     return next((int(row[1]) * 1024 for row in rows if row[0] == "RssAnon:"), 0)
 
 
+def network(parameters: int) -> Any:
+    """Returns a compiled network of four square layers with about so many parameters, and its width."""
+    import keras
+
+    width = max(2, int((parameters / 4) ** 0.5))
+    model = keras.Sequential([keras.Input((width,)), *(keras.layers.Dense(width) for _ in range(4))])
+    model.compile("adam", "mse")
+    return model, width
+
+
 def child(parameters: int, memory: str, repeats: int, folder: Path) -> None:
     """Trains a step, saves the run so many times, and prints what that took, after each line that it reads."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    import keras
     import numpy as np
 
     import streaming_polyak as sp
     from streaming_polyak.training.run import Run
 
-    width = max(2, int((parameters / 4) ** 0.5))
-    model = keras.Sequential([keras.Input((width,)), *(keras.layers.Dense(width) for _ in range(4))])
-    model.compile("adam", "mse")
+    model, width = network(parameters)
     averages = {"mean": sp.Average(sp.MEAN), "linear": sp.Average(sp.LINEAR)}
     trainer = sp.Trainer(model, averages, run_dir=folder / "run", save_every="1 step", memory=memory)  # type: ignore[arg-type]
     x = np.zeros((repeats + 2, width), np.float32)
@@ -93,6 +104,51 @@ def child(parameters: int, memory: str, repeats: int, folder: Path) -> None:
     )
 
 
+def whole_child(parameters: int, minutes: float, folder: Path) -> None:
+    """Trains with a run folder at the default and then as long without; prints what the saves took."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import keras
+    import numpy as np
+
+    import streaming_polyak as sp
+    from streaming_polyak.training.run import Run
+
+    saves: list[float] = []
+    save = Run.save
+
+    def timed(self: Run, position: Any) -> None:
+        started = time.perf_counter()
+        save(self, position)
+        saves.append(time.perf_counter() - started)
+
+    Run.save = timed  # type: ignore[method-assign]
+
+    class Until(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.epochs = epoch + 1
+            if time.perf_counter() > started + MINUTE * minutes:
+                self.model.stop_training = True
+
+    seconds, until, epochs, first = [], Until(), 10**6, 2  # the first epochs trace and compile
+    for run_dir in (folder / "run", None):
+        keras.utils.set_random_seed(0)
+        model, width = network(parameters)
+        averages = {"mean": sp.Average(sp.MEAN), "linear": sp.Average(sp.LINEAR)}
+        x = np.random.default_rng(0).normal(size=(3200, width)).astype(np.float32)
+        trainer = sp.Trainer(model, averages, run_dir=run_dir)
+        options = {"batch_size": 32, "callbacks": [until], "progress": False}
+        started = math.inf  # so that nothing is stopped by the clock
+        trainer.fit(x, x, epochs=first, **options)
+        saves.clear()
+        began = time.perf_counter()
+        started = began if run_dir else math.inf
+        trainer.fit(x, x, epochs=epochs, initial_epoch=0 if run_dir else first, **options)
+        seconds.append(time.perf_counter() - began)
+        if run_dir:
+            epochs, counted, in_saves = until.epochs, len(saves), sum(saves)
+    print(json.dumps([seconds, counted, in_saves, epochs]), flush=True)
+
+
 def measure(parameters: int, memory: str, repeats: int) -> dict[str, Any]:
     """Runs a child and samples its memory while it saves."""
     with tempfile.TemporaryDirectory(prefix="save_run-", dir=".") as folder:
@@ -124,12 +180,48 @@ def measure(parameters: int, memory: str, repeats: int) -> dict[str, Any]:
     }
 
 
+def measure_whole(parameters: int, minutes: float) -> dict[str, Any]:
+    """Trains with and without a run folder in a child."""
+    with tempfile.TemporaryDirectory(prefix="save_run-", dir=".") as folder:
+        program = [sys.executable, __file__, "--whole-child", str(parameters), str(minutes), folder]
+        run = subprocess.run(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    (with_folder, without), saves, in_saves, epochs = json.loads(run.stdout)
+    return {
+        "parameters": parameters,
+        "epochs": epochs,
+        "saves": saves,
+        "seconds": with_folder,
+        "percent_in_saves": 100 * in_saves / with_folder,
+        "percent_longer": 100 * (with_folder / without - 1),
+    }
+
+
+def _report_whole(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    click.echo(
+        f"{platform.platform()}, {os.cpu_count()} processors; Adam and two averages of epochs, default save_every\n"
+    )
+    table = [
+        [f"{row['parameters']:,}", f"{row['epochs']:,}", row["saves"], f"{row['seconds']:.1f}",
+         f"{row['percent_in_saves']:.2f}", f"{row['percent_longer']:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    header = ["parameters", "epochs", "saves", "seconds", "% in saves", "% longer"]
+    click.echo(tabulate(table, header, tablefmt="github", disable_numparse=True))
+
+
 @click.command()
 @click.option("--parameters", "sizes", multiple=True, default=("1e3", "1e7"), show_default=True, help="Of the model.")
 @click.option("--repeats", type=click.IntRange(1), default=7, show_default=True, help="Saves in each case.")
+@click.option("--whole", type=click.FloatRange(0, min_open=True), metavar="MINUTES", help="Measure whole runs instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
-def main(sizes: tuple[str, ...], repeats: int, as_json: bool) -> None:
+def main(sizes: tuple[str, ...], repeats: int, whole: float | None, as_json: bool) -> None:
     """Measure what saving a run costs."""
+    if whole is not None:
+        _report_whole([measure_whole(int(float(size)), whole) for size in sizes], as_json)
+        return
     rows = [measure(int(float(size)), memory, repeats) for size in sizes for memory in ("low", "high")]
     foreground = {row["parameters"]: row["stall_seconds"] for row in rows if row["memory"] == "low"}
     for row in rows:
@@ -161,7 +253,9 @@ def main(sizes: tuple[str, ...], repeats: int, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
+    if sys.argv[1:2] == ["--whole-child"]:
+        whole_child(int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]))
+    elif sys.argv[1:2] == ["--child"]:
         child(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
     else:
         main()

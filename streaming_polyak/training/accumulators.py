@@ -19,7 +19,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from streaming_polyak.schedule import Average
-from streaming_polyak.training.state import Slot, array_of, place, variable_slot
+from streaming_polyak.training.state import Slot, array_of, place, present, variable_slot
 
 Array = NDArray[Any]
 Variables = Mapping[str, keras.Variable]
@@ -44,7 +44,7 @@ def view(variable: keras.Variable) -> Array:
 
     While the array lives, TensorFlow gives the variable new memory when it changes; so let it go soon.
     """
-    return array_of(variable.value.read_value())
+    return array_of(present(variable.value))
 
 
 def largest(variable: keras.Variable) -> float:
@@ -107,7 +107,7 @@ class HostAccumulators:
         due = [name for name, average in self._averages.items() if average.due(epoch)]
         if not due:
             return None
-        values = {path: variable.value.read_value() for path, variable in self._variables.items()}  # no copies
+        values = {path: present(variable.value) for path, variable in self._variables.items()}  # no copies
         floats = {path for path, variable in self._variables.items() if is_averaged(variable)}
         for path in self._variables:
             if path in floats and not _can_be_averaged(array_of(values[path]), self._limits[path]):

@@ -19,7 +19,7 @@ import tensorflow as tf
 from streaming_polyak.errors import NonFiniteError, SwapError
 from streaming_polyak.schedule import Average
 from streaming_polyak.training.accumulators import Array, GraphAccumulators, HostAccumulators, is_averaged, view
-from streaming_polyak.training.state import Slot
+from streaming_polyak.training.state import Slot, present
 
 logger = logging.getLogger("streaming_polyak")
 
@@ -202,7 +202,7 @@ def variables_by_path(model: keras.Model) -> dict[str, keras.Variable]:
 @contextmanager
 def unchanged(variables: Any) -> Iterator[None]:
     """Restores the values of Keras variables afterwards, bit for bit; costs memory only for those that change."""
-    before: list[tuple[keras.Variable, tf.Tensor]] = [(v, v.value.read_value()) for v in variables]
+    before: list[tuple[keras.Variable, tf.Tensor]] = [(v, present(v.value)) for v in variables]
     try:
         yield
     finally:

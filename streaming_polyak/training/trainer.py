@@ -508,18 +508,20 @@ def _call_symbolically(model: keras.Model, specs: Any) -> Any:
 
 def _make_metrics(model: keras.Model, specs: Any) -> None:
     """Makes the metrics' variables, which come into being at their first update; else the step is traced twice."""
-    if not all(isinstance(spec, tf.TensorSpec) for spec in keras.tree.flatten(specs)):
-        return  # ragged or sparse data
-    zeros = partial(
-        keras.tree.map_structure,
-        lambda t: tf.zeros([1 if size is None else size for size in t.shape], t.dtype),
-    )
+    zeros = partial(keras.tree.map_structure, _zeros)
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(zeros(specs))
     y_pred = zeros(_call_symbolically(model, specs))
     # With several outputs the loss has metrics too.
     loss_of(model, training=False)(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
     model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
     model.reset_metrics()
+
+
+def _zeros(spec: Any) -> Any:
+    dense = tf.zeros([1 if size is None else size for size in spec.shape], spec.dtype)
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensor.from_tensor(dense, ragged_rank=spec.ragged_rank)
+    return tf.sparse.from_dense(dense) if isinstance(spec, tf.SparseTensorSpec) else dense
 
 
 def _validation_batches(data: Any, batch_size: int | None) -> Batches:
