@@ -16,7 +16,6 @@ SIGKILL when it has not come to its end so long after the first signal, as sched
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import mmap
 import os
@@ -227,8 +226,8 @@ def main(runs: int, fork: bool, name: str, grace: float | None, seed: int, as_js
                 overdue += 1
             if ended not in expected:
                 bad.append(f"kill {kills} in {children.phase}: status {ended}, expected one of {sorted(expected)}")
-            with contextlib.suppress(FileNotFoundError):
-                reached.append(max(int(p.stem[5:]) for p in (broken / "checkpoints").glob("step-*.safetensors")))
+            saved = (broken / "checkpoints").glob("step-*.safetensors")
+            reached.append(max((int(path.stem[5:]) for path in saved), default=0))
         digests = [
             (folder / "digest").read_text() if (folder / "digest").exists() else "none" for folder in (whole, broken)
         ]
