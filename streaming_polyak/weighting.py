@@ -76,6 +76,8 @@ class Weighting(abc.ABC):
             ValueError: `n` is below 1 or not a whole number (not checked for tensors).
             TypeError: `n` holds no numbers.
         """
+        if type(n) is int and n >= 1:  # the common case, without what it takes to look at arrays
+            return float(self._coefficient(np.float64(n), np))
         tf = sys.modules.get("tensorflow")  # a tensor exists only where TensorFlow is imported already
         if tf is not None and tf.is_tensor(n):
             return self._coefficient(tf.cast(n, tf.float64), tf.math)

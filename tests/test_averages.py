@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import signal
 
 import numpy as np
@@ -269,6 +270,76 @@ def test_with_bfloat16_weights_and_decay_0999_the_average_moves(unit):
     for _ in range(1000):
         frozen += tf.cast(0.001, tf.bfloat16) * (tf.constant(2.0, tf.bfloat16) - frozen)
     assert float(frozen) < 1.5
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_nothing_in_the_compiled_step_undoes_the_compensation(jit_compile):
+    steps, decay = 20_000, 0.999
+    rng = np.random.default_rng(4)
+    members = (3 + rng.normal(size=(steps, 4))).astype(np.float32)
+    model = Bag({"w": tf.zeros(4)})
+    weightings = {"mean": MEAN, "linear": LINEAR, "exponential": Exponential(decay=decay)}
+    kept = {name: Average(weighting, unit="step", compensated=True) for name, weighting in weightings.items()}
+    averages = Averages(model, {**kept, "plain": Average(MEAN, unit="step")})
+
+    @tf.function(autograph=False, jit_compile=jit_compile)
+    def train(values):
+        def step(k):
+            model.variables[0].assign(values[k])
+            averages.step_update(tf.cast(k, tf.int64))
+            return (k + 1,)
+
+        tf.while_loop(lambda k: k < steps, step, (0,))
+
+    train(tf.constant(members))
+    k = np.arange(1, steps + 1.0)
+    raw = {"mean": np.ones(steps), "linear": k, "exponential": decay ** (steps - k)}
+    off = {}
+    for name in averages.begun():
+        weights = raw.get(name, raw["mean"])
+        exact = np.array([math.fsum(weights * column) for column in members.T.astype(float)]) / math.fsum(weights)
+        (got,) = (value for path, value in contents(averages, name).items())
+        off[name] = np.max(np.abs(got - exact) / np.spacing(np.float32(exact)))
+    assert max(off[name] for name in kept) <= 1
+    assert off["plain"] > 3
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_averages_of_several_precisions_go_side_by_side(unit, dtype):
+    model, rng = bag(dtype, count=tf.constant(0)), np.random.default_rng(5)
+    averages = Averages(
+        model,
+        {
+            "plain": Average(MEAN, unit=unit),
+            "wide": Average(LINEAR, unit=unit, dtype="float64"),
+            "compensated": Average(LINEAR, unit=unit, compensated=True, start=2),
+            "both": Average(MEAN, unit=unit, dtype="float64", compensated=True, every=2),
+        },
+    )
+    step = tf.function(averages.step_update) if unit == "step" else None
+    members = []
+    for k in range(6):
+        scramble(model, rng)
+        members.append({v.path: v.numpy().astype(np.float64) for v in model.variables})
+        averages.update_epoch(k, k) if unit == "epoch" else step(tf.constant(k, tf.int64))
+    for name, taken, weighting, tolerance in (
+        ("plain", range(6), MEAN, 3e-6),
+        ("wide", range(6), LINEAR, 1e-14),
+        ("compensated", range(2, 6), LINEAR, 1e-6),
+        ("both", range(0, 6, 2), MEAN, 1e-14),
+    ):
+        for path, m in contents(averages, name).items():
+            if "count" in path:
+                assert m == members[list(taken)[-1]][path]
+                continue
+            expected = exact_average(weighting, [members[k][path] for k in taken])
+            np.testing.assert_allclose(m, expected, rtol=0, atol=tolerance)
+    for name in averages.begun():
+        averages.adopt(name, 3)
+        assert averages.count(name) == 3
+        for path, m in contents(averages, name).items():
+            np.testing.assert_array_equal(m.astype(np.float64), members[-1][path])
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16", "float64"])

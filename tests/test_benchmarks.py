@@ -41,6 +41,30 @@ def test_an_update_at_the_end_of_an_epoch_needs_little_passing_memory_and_leaves
         assert row[f"{update}after_mib"] - row[f"{update}before_mib"] <= 8  # Python's own, not a tensor of 4 MB x 30
 
 
+def test_the_benchmark_of_updates_compares_with_what_is_installed():
+    done = subprocess.run(
+        [
+            sys.executable,
+            SCRIPTS / "update_averages.py",
+            "--case",
+            "1e5x4",
+            "--averages",
+            "3",
+            "--rounds",
+            "1",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = {row["way"]: row for row in json.loads(done.stdout)}
+    assert {"streaming_polyak", "streaming_polyak without Numba", "tf.function", "NumPy"} <= rows.keys()
+    assert min(row["copies"] for row in rows.values()) > 0
+    assert rows["streaming_polyak without Numba"]["lasting_mib"] >= 3 * 4e5 / 2**20
+    assert 1.0 in [row["times_best_rival"] for row in rows.values()]
+
+
 def test_the_benchmark_of_averaging_compares_with_cat_and_the_usual_ways(tmp_path):
     sizes = ["--size", "0.2", "--count", "3", "--format", "keras", "--repeats", "1"]
     done = subprocess.run(

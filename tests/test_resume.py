@@ -42,9 +42,10 @@ ROWS, BATCH, EPOCHS = 44, 8, 4  # five whole batches an epoch and one smaller on
 STEPS = 6
 AVERAGES = {
     "mean": Average(MEAN, start=1),
-    "linear": Average(LINEAR),
+    "linear": Average(LINEAR, compensated=True),
     "ema": Average(Exponential(decay=0.9), unit="step", start=3),
-    "steps": Average(MEAN, unit="step", every=2),
+    "steps": Average(MEAN, unit="step", every=2, compensated=True),
+    "wide": Average(MEAN, dtype="float64"),
 }
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.05),
@@ -509,9 +510,11 @@ LEFT_OUT = {
     "seeds": "seed_generator",
     "optimizer": "momentum",
     "iterations": "iteration",
-    "epoch averages": "average/epoch/linear/0000",
+    "epoch averages": "average/epoch/linear/m/0000",
+    "epoch compensation": "average/epoch/linear/e/0000",
     "epoch counters": "average/epoch/n",
-    "step averages": "average/step/all/0000",
+    "step averages": "average/step/plain/m/0000",
+    "step compensation": "average/step/plain-compensated/e/0000",
     "step counters": "average/step/n",
     "metrics": "metrics/",
     "Python's random": "random/python",
@@ -535,7 +538,7 @@ def stopped_run(tmp_path_factory):
     fit(whole, [StopAt(10**6)])
     wanted = bits(whole)
     with pytest.raises(Stopped):
-        fit(seeded(folder / "run"), [StopAt(9)])
+        fit(seeded(folder / "run"), [StopAt(15)])
     shutil.copytree(folder / "run", folder / "copy")
     random.seed(5)
     complete = trainer(folder / "copy", layers="both")

@@ -38,6 +38,10 @@ def test_nonsense_in_start_and_every_is_refused(make):
 
 
 def test_an_unknown_unit_is_refused():
+    with pytest.raises(ValueError, match="Expected dtype=None or dtype=\"float64\", got dtype='float16'"):
+        Average(MEAN, dtype="float16")
+    with pytest.raises(TypeError, match="Expected compensated=True or False, got compensated='yes'"):
+        Average(MEAN, compensated="yes")
     with pytest.raises(ValueError, match='unit="epoch" or unit="step", got unit=\'batch\''):
         Average(MEAN, unit="batch")
 

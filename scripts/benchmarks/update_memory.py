@@ -3,7 +3,8 @@
 Each case runs in a child process of its own, which this one samples every 2 ms (RssAnon of /proc/PID/status: memory
 that is not backed by files). The first update, in which the averages' memory is written for the first time and compiled
 functions are built, is shown apart from the second, which stands for all later ones. Seconds are the median of the
-updates after it, and are given next to one numpy.copyto of the model in the same process.
+updates after it, and are given next to one numpy.copyto of the model in the same process. What Numba and its loop take,
+once, whatever the model (units of epochs, where it is installed), is told by itself.
 
     python scripts/benchmarks/update_memory.py
     python scripts/benchmarks/update_memory.py --case 1e6x10 --unit epoch --json
@@ -37,6 +38,7 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
     from streaming_polyak import LINEAR, MEAN, Average, Exponential
     from streaming_polyak.training.accumulators import view
     from streaming_polyak.training.averages import Averages
+    from streaming_polyak.training.kernels import mover
 
     class Bag(keras.Model):
         def __init__(self) -> None:
@@ -45,6 +47,11 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
                 self.add_weight(shape=(parameters // tensors,), initializer="random_normal", name=f"w{i}")
 
     model = Bag()
+    before = anonymous_bytes("self")
+    if unit == "epoch":
+        w, m = np.zeros(1, np.float32), np.zeros((1, 1), np.float32)
+        mover(10**9)(w, m, None, np.array([0]), np.ones(1, np.float32))
+    numba_bytes = anonymous_bytes("self") - before
     weightings = {"mean": MEAN, "linear": LINEAR, "exponential": Exponential(decay=0.999)}
     averages = Averages(model, {name: Average(weighting, unit=unit) for name, weighting in weightings.items()})
     compiled = tf.function(averages.step_update, autograph=False) if unit == "step" else None
@@ -82,6 +89,7 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
                 "first_seconds": seconds[0],
                 "seconds": statistics.median(later),
                 "copy_seconds": statistics.median(copies),
+                "numba_mib": numba_bytes / MIB,
                 "versions": {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__},
             }
         ),
@@ -89,7 +97,7 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
     )
 
 
-def anonymous_bytes(pid: int) -> int:
+def anonymous_bytes(pid: int | str) -> int:
     """Returns the anonymous resident memory of a process."""
     with open(f"/proc/{pid}/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
@@ -169,7 +177,8 @@ def main(cases: tuple[str, ...], units: tuple[str, ...], repeats: int, as_json: 
         + ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
         + "; three averages (mean, linear, exponential), float32\n"
     )
-    click.echo("Anonymous memory in MiB; 'passing' is the peak above what was there before and after.\n")
+    click.echo("Anonymous memory in MiB; 'passing' is the peak above what was there before and after.")
+    click.echo(f"Numba and its loop, in what was there before: {max(row['numba_mib'] for row in rows):.1f} MiB.\n")
     click.echo(
         tabulate(
             [

@@ -1,8 +1,9 @@
 """The two kinds of accumulators: on the host for averages of epochs, in the compiled step for averages of steps.
 
-Both keep, for each of their averages, n and for each variable of the model, under its path, m in float32 (float64 for
-float64 weights), or for variables that are not floating (counters, seeds) the newest value. Both take one pass over
-the weights for all averages that are due, after a pass that lets nothing through that is not finite:
+Both keep, for each of their averages, n and for each variable of the model, under its path, m in float32 or float64
+(and what m lacks, if it is compensated), or for variables that are not floating (counters, seeds) the newest value.
+The m of averages of one precision are one array, so that one pass over the weights moves all that are due, after a
+pass that lets nothing through that is not finite:
 
     m_n = m_{n-1} + c_n (w_n - m_{n-1})
 """
@@ -10,6 +11,7 @@ the weights for all averages that are due, after a pass that lets nothing throug
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,14 +21,13 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from streaming_polyak.schedule import Average
+from streaming_polyak.training.kernels import can_be_averaged, in_threads, mover
 from streaming_polyak.training.state import Slot, array_of, place, present, variable_slot
 
 Array = NDArray[Any]
 Variables = Mapping[str, keras.Variable]
 
-# Large enough to hide the cost of a NumPy call, small enough to stay in the cache with two averages: of 64 KiB,
-# 256 KiB, 512 KiB the last was fastest (1e8 parameters, three averages: 7.9, 6.4, 5.6 copies of the model).
-_BLOCK = 2**17
+_SMALL = 2**16  # numbers of a model that is gathered into one array first, which costs less than a call for each tensor
 
 
 def is_averaged(variable: keras.Variable) -> bool:
@@ -34,9 +35,13 @@ def is_averaged(variable: keras.Variable) -> bool:
     return bool(keras.backend.is_float_dtype(variable.dtype))
 
 
-def accumulator_dtype(variable: keras.Variable) -> np.dtype[Any]:
-    """Returns the dtype in which a floating variable is averaged: float32, or float64 for float64."""
-    return np.dtype("float64" if variable.dtype == "float64" else "float32")
+def accumulator_dtype(variable: keras.Variable, dtype: str | None = None) -> np.dtype[Any]:
+    """Returns the dtype in which a floating variable is averaged: `dtype`, or float32, or float64 for float64."""
+    return np.dtype(dtype or ("float64" if variable.dtype == "float64" else "float32"))
+
+
+def _size(variable: keras.Variable) -> int:
+    return int(np.prod(variable.shape))
 
 
 def view(variable: keras.Variable) -> Array:
@@ -55,10 +60,94 @@ def largest(variable: keras.Variable) -> float:
     return min(float(np.finfo(accumulator_dtype(variable)).max) / 2, float(tf.as_dtype(variable.dtype).max))
 
 
-class HostAccumulators:
-    """Averages whose members are the weights after epochs, as NumPy arrays updated block by block.
+@dataclass(frozen=True)
+class Precision:
+    """How exactly averages are kept; see `Average`."""
 
-    An update reads the weights where they are and needs one block of memory beside the averages.
+    dtype: str | None
+    compensated: bool
+
+    @classmethod
+    def groups(cls, averages: Mapping[str, Average]) -> dict[Precision, list[str]]:
+        """Returns the names of averages by precision."""
+        groups: dict[Precision, list[str]] = {}
+        for name, average in averages.items():
+            groups.setdefault(cls(average.dtype, average.compensated), []).append(name)
+        return groups
+
+    def __str__(self) -> str:
+        return f"{self.dtype or 'plain'}{'-compensated' if self.compensated else ''}"
+
+
+class HostStack:
+    """The averages of one precision on the host.
+
+    Args:
+        precision: of all of them.
+        names: of the averages; they are the rows of each array.
+        variables: floating ones, by path.
+    """
+
+    def __init__(self, precision: Precision, names: list[str], variables: Variables) -> None:
+        self.names = names
+        dtypes = {path: accumulator_dtype(v, precision.dtype) for path, v in variables.items()}
+        sizes = {
+            dtype: sum(_size(v) for p, v in variables.items() if dtypes[p] == dtype) for dtype in {*dtypes.values()}
+        }
+        # Written, so that their memory is taken now and not in mid-run.
+        self.flat_m = {dtype: np.full((len(names), size), 0, dtype) for dtype, size in sizes.items()}
+        self.flat_e = {dtype: np.full_like(m, 0) for dtype, m in self.flat_m.items() if precision.compensated}
+        self._where: dict[str, tuple[np.dtype[Any], slice, tuple[int, ...]]] = {}
+        begin = dict.fromkeys(sizes, 0)
+        for path, variable in variables.items():
+            dtype, first = dtypes[path], begin[dtypes[path]]
+            begin[dtype] += _size(variable)
+            self._where[path] = dtype, slice(first, begin[dtype]), tuple(variable.shape)
+        # For each variable m, and e or None, of shape (number of averages, numbers of the variable).
+        self.parts = [
+            (self.flat_m[dtype][:, part], self.flat_e[dtype][:, part] if self.flat_e else None)
+            for dtype, part, _ in self._where.values()
+        ]
+
+    def arrays(self, name: str) -> dict[str, dict[str, Array]]:
+        """Returns what an average consists of: "m" and, if it is compensated, "e", each by path."""
+        j = self.names.index(name)
+        kinds = {"m": self.flat_m, "e": self.flat_e} if self.flat_e else {"m": self.flat_m}
+        return {
+            kind: {path: flat[dtype][j, part].reshape(shape) for path, (dtype, part, shape) in self._where.items()}
+            for kind, flat in kinds.items()
+        }
+
+
+class Weights:
+    """The present values of variables as arrays (n,): on a CPU the variables' own memory, else copies, one at a time.
+
+    Args:
+        variables: of any shapes.
+    """
+
+    def __init__(self, variables: list[tf.Variable]) -> None:
+        self._tensors = [present(variable) for variable in variables]
+        here = all("CPU:" in tensor.device for tensor in self._tensors[:1])
+        self._arrays = [self._array(tensor) for tensor in self._tensors] if here else None
+
+    def __getitem__(self, k: int) -> Array:
+        return self._array(self._tensors[k]) if self._arrays is None else self._arrays[k]
+
+    def gathered(self) -> Array | None:
+        """Returns a copy of all in one array; `None` if they have several dtypes."""
+        dtypes = {tensor.dtype for tensor in self._tensors}
+        return np.concatenate([self[k] for k in range(len(self._tensors))]) if len(dtypes) == 1 else None
+
+    @staticmethod
+    def _array(tensor: tf.Tensor) -> Array:
+        return array_of(tensor).reshape(-1)
+
+
+class HostAccumulators:
+    """Averages whose members are the weights after epochs, as NumPy arrays.
+
+    An update reads the weights where they are and needs some blocks of memory beside the averages.
 
     Args:
         averages: with `unit="epoch"`, by name.
@@ -68,8 +157,15 @@ class HostAccumulators:
     def __init__(self, averages: Mapping[str, Average], variables: Variables) -> None:
         self._averages, self._variables = dict(averages), variables
         self._n = dict.fromkeys(averages, 0)
-        self._m = {name: {path: _initial(v) for path, v in variables.items()} for name in averages}
-        self._limits = {path: largest(v) for path, v in variables.items() if is_averaged(v)}
+        self._floats = {path: v for path, v in variables.items() if is_averaged(v)}
+        self._limits = {path: largest(v) for path, v in self._floats.items()}
+        self._stacks = [HostStack(p, names, self._floats) for p, names in Precision.groups(averages).items()]
+        self._newest = {
+            name: {path: view(v).copy() for path, v in variables.items() if path not in self._floats}
+            for name in averages
+        }
+        self._values = [v.value for v in self._floats.values()]
+        self._sizes = [_size(v) for v in self._floats.values()]
 
     def count(self, name: str) -> int:
         """Returns n, the number of members in the average."""
@@ -77,12 +173,15 @@ class HostAccumulators:
 
     def values(self, name: str) -> dict[str, Array]:
         """Returns the average by path, in the accumulators' dtype; not to be written to."""
-        return self._m[name]
+        values = {**self._arrays(name)["m"], **self._newest[name]}
+        return {path: values[path] for path in self._variables}
 
     def adopt(self, name: str, n: int, values: Mapping[str, Array]) -> None:
         """Makes `values` the average of `n` members."""
-        for path, m in self._m[name].items():
+        for path, m in self.values(name).items():
             np.copyto(m, values[path], casting="unsafe")
+        for e in self._arrays(name).get("e", {}).values():
+            e.fill(0)
         self._n[name] = n
 
     def slots(self) -> dict[str, Slot]:
@@ -93,9 +192,12 @@ class HostAccumulators:
             self._n.update(zip(names, counts.tolist(), strict=True))
 
         slots = {"n": Slot("int64", (len(names),), lambda: np.array(list(self._n.values()), np.int64), set_counts)}
-        for name, averages in self._m.items():
-            for k, (path, m) in enumerate(averages.items()):
-                slots[f"{name}/{place(k, path)}"] = Slot(m.dtype.name, m.shape, lambda m=m: m, partial(np.copyto, m))  # type: ignore[misc]
+        for name in names:
+            arrays = {"m": self.values(name), **{k: v for k, v in self._arrays(name).items() if k != "m"}}
+            for kind, by_path in arrays.items():
+                for k, (path, a) in enumerate(by_path.items()):
+                    slot = Slot(a.dtype.name, a.shape, lambda a=a: a, partial(np.copyto, a))  # type: ignore[misc]
+                    slots[f"{name}/{kind}/{place(k, path)}"] = slot
         return slots
 
     def update(self, epoch: int) -> str | None:
@@ -107,32 +209,71 @@ class HostAccumulators:
         due = [name for name, average in self._averages.items() if average.due(epoch)]
         if not due:
             return None
-        values = {path: present(variable.value) for path, variable in self._variables.items()}  # no copies
-        floats = {path for path, variable in self._variables.items() if is_averaged(variable)}
-        for path in self._variables:
-            if path in floats and not _can_be_averaged(array_of(values[path]), self._limits[path]):
-                return path
-        coefficients = {name: self._averages[name].weighting(self._n[name] + 1) for name in due}
-        buffer = np.empty(_BLOCK, np.float64)
-        for path in self._variables:
-            w = array_of(values.pop(path))
-            if path in floats:
-                _move([(self._m[name][path], c) for name, c in coefficients.items()], w, buffer)
-            else:
-                for name in due:
-                    np.copyto(self._m[name][path], w)
+        weights = Weights(self._values)
+        gathered = weights.gathered() if sum(self._sizes) <= _SMALL else None
+        with np.errstate(all="ignore"):
+            if gathered is None or not can_be_averaged(gathered, min(self._limits.values())):
+                for k, (path, limit) in enumerate(self._limits.items()):
+                    if not can_be_averaged(weights[k], limit):
+                        return path
+        for stack in self._stacks:
+            self._move(stack, [name for name in due if name in stack.names], weights, gathered)
         for name in due:
+            for path, newest in self._newest[name].items():
+                np.copyto(newest, view(self._variables[path]))
             self._n[name] += 1
         return None
+
+    def _move(self, stack: HostStack, due: list[str], weights: Weights, gathered: Array | None) -> None:
+        if not due:
+            return
+        rows = np.array([stack.names.index(name) for name in due])
+        c = np.array([self._averages[name].weighting(self._n[name] + 1) for name in due])
+        factors = {dtype: c.astype(dtype) for dtype in stack.flat_m}
+        move = mover(sum(self._sizes) * len(due))
+        if gathered is not None and len(stack.flat_m) == 1:
+            ((dtype, m),) = stack.flat_m.items()
+            move(gathered, m, stack.flat_e.get(dtype), rows, factors[dtype])
+            return
+
+        def work(tensor: int, first: int, end: int) -> None:
+            w, (m, e) = weights[tensor], stack.parts[tensor]
+            move(w[first:end], m[:, first:end], None if e is None else e[:, first:end], rows, factors[m.dtype])
+
+        in_threads(self._sizes, len(due), work)
+
+    def _arrays(self, name: str) -> dict[str, dict[str, Array]]:
+        return next(stack.arrays(name) for stack in self._stacks if name in stack.names)
+
+
+class GraphStack:
+    """The averages of one precision in the graph; those of one variable are one tensor, see `GraphAccumulators`.
+
+    Args:
+        precision: of all of them.
+        indices: the places of these averages among all.
+        variables: floating ones, by path.
+    """
+
+    def __init__(self, precision: Precision, indices: list[int], variables: Variables) -> None:
+        self.indices = indices
+
+        def zeros(path: str, variable: keras.Variable) -> tf.Variable:
+            shape = [*variable.shape, len(indices)]
+            return tf.Variable(tf.zeros(shape, accumulator_dtype(variable, precision.dtype)), trainable=False)
+
+        self.m = {path: zeros(path, v) for path, v in variables.items()}
+        self.e = {path: zeros(path, v) for path, v in variables.items()} if precision.compensated else {}
+        self.kind = str(precision)
 
 
 class GraphAccumulators:
     """Averages whose members are the weights after optimizer steps, updated inside the compiled step.
 
-    The k averages of a variable are one tensor with k as its last, fastest axis: one XLA loop then reads each weight
-    once for all of them (1e8 parameters, three averages: 1.75 copies of the model; as three tensors 2.3). The loop is
-    compiled once for each shape and called for each variable, inside the graph (that alone, 1,000 tensors: 2 s to
-    build and 15 ms a call; one function over all of them 5 s and 18 ms, without XLA 7 s and 116 ms).
+    The k averages of a variable (of one precision) are one tensor with k as its last, fastest axis: one XLA loop then
+    reads each weight once for all of them (1e8 parameters, three averages: 1.75 copies of the model; as three tensors
+    2.3). The loop is compiled once for each shape and called for each variable, inside the graph (that alone, 1,000
+    tensors: 2 s to build and 15 ms a call; one function over all of them 5 s and 18 ms, without XLA 7 s and 116 ms).
 
     Args:
         averages: with `unit="step"`, by name.
@@ -143,19 +284,18 @@ class GraphAccumulators:
         self._averages = list(averages.values())
         self._index = {name: j for j, name in enumerate(averages)}
         self._variables = variables
-        self._floats = [path for path, v in variables.items() if is_averaged(v)]
+        floats = {path: v for path, v in variables.items() if is_averaged(v)}
+        self._floats = list(floats)
         k = len(self._averages)
         self._n = tf.Variable(np.zeros(k, np.int64), trainable=False)
-        self._m = {
-            path: tf.Variable(
-                tf.zeros([*variables[path].shape, k], accumulator_dtype(variables[path])), trainable=False
-            )
-            for path in self._floats
-        }
+        self._stacks = [
+            GraphStack(precision, [self._index[name] for name in names], floats)
+            for precision, names in Precision.groups(averages).items()
+        ]
         self._newest = {
             path: [tf.Variable(v.value, trainable=False) for _ in range(k)]
             for path, v in variables.items()
-            if path not in self._m
+            if path not in floats
         }
         # Which tensor was not finite, when first, and how often since `take_refused`; -1 for never.
         self._refused = tf.Variable(np.array([-1, -1, 0]), trainable=False)
@@ -167,18 +307,21 @@ class GraphAccumulators:
 
     def values(self, name: str) -> dict[str, Array]:
         """Returns the average by path, in the accumulators' dtype; not to be written to."""
+        stack, i = self._place(name)
+        averaged = {path: np.asarray(m.read_value())[..., i] for path, m in stack.m.items()}
         j = self._index[name]
-        averaged = {path: np.asarray(m.read_value())[..., j] for path, m in self._m.items()}
         newest = {path: np.asarray(copies[j].read_value()) for path, copies in self._newest.items()}
         return {path: averaged[path] if path in averaged else newest[path] for path in self._variables}
 
     def adopt(self, name: str, n: int, values: Mapping[str, Array]) -> None:
         """Makes `values` the average of `n` members."""
+        stack, i = self._place(name)
+        for kind in (stack.m, stack.e):
+            for path, variable in kind.items():
+                stacked = variable.numpy()
+                stacked[..., i] = values[path] if kind is stack.m else 0
+                variable.assign(stacked)
         j = self._index[name]
-        for path, m in self._m.items():
-            stacked = m.numpy()
-            stacked[..., j] = values[path]
-            m.assign(stacked)
         for path, copies in self._newest.items():
             copies[j].assign(values[path])
         self._n[j].assign(n)
@@ -186,12 +329,18 @@ class GraphAccumulators:
     def slots(self) -> dict[str, Slot]:
         """Returns all that it remembers: the counters, the averages of each path together, what was refused."""
         slots = {"n": variable_slot(self._n), "refused": variable_slot(self._refused)}
-        for k, (path, m) in enumerate(self._m.items()):
-            slots[f"all/{place(k, path)}"] = variable_slot(m)
+        for stack in self._stacks:
+            for kind, variables in (("m", stack.m), ("e", stack.e)):
+                for k, (path, variable) in enumerate(variables.items()):
+                    slots[f"{stack.kind}/{kind}/{place(k, path)}"] = variable_slot(variable)
         for k, (path, copies) in enumerate(self._newest.items()):
             for j, newest in enumerate(copies):
                 slots[f"newest/{j}/{place(k, path)}"] = variable_slot(newest)
         return slots
+
+    def _place(self, name: str) -> tuple[GraphStack, int]:
+        j = self._index[name]
+        return next((stack, stack.indices.index(j)) for stack in self._stacks if j in stack.indices)
 
     def update(self, step: tf.Tensor) -> None:
         """Takes the weights after `step` (int64 scalar, from 0) into every average that is due; called in a graph.
@@ -212,15 +361,24 @@ class GraphAccumulators:
     def _checked(self, step: tf.Tensor, due: tf.Tensor) -> tf.Tensor:
         weights = [self._variables[path].value.read_value() for path in self._floats]
         limits = {v.dtype: tf.constant(largest(v), v.dtype) for v in map(self._variables.__getitem__, self._floats)}
-        # NaN is not below anything.
-        finite = tf.stack([tf.reduce_all(tf.abs(w) <= limits[w.dtype.name]) for w in weights])
+
+        def one_by_one() -> tf.Tensor:
+            # NaN is not below anything.
+            return tf.stack([tf.reduce_all(tf.abs(w) <= limits[w.dtype.name]) for w in weights])
+
+        # One quick pass; a sum of squares is finite only if all is well, or too large although all is well.
+        squares = [tf.cast(tf.nn.l2_loss(w), tf.float64) for w in weights]
+        well = tf.reduce_all(tf.math.is_finite(tf.stack(squares)))
+        finite = tf.cond(well, lambda: tf.ones(len(weights), tf.bool), one_by_one)
 
         def accept() -> bool:
             n = self._n + tf.cast(due, tf.int64)
             # Not due: n may be 0 and the coefficient is not used.
             c = tf.stack([a.weighting(tf.maximum(n[j], 1)) for j, a in enumerate(self._averages)])
-            for path, m in self._m.items():
-                self._fused(self._variables[path].value, m, c, due)
+            for stack in self._stacks:
+                its_c, its_due = tf.gather(c, stack.indices), tf.gather(due, stack.indices)
+                for path, m in stack.m.items():
+                    self._fused(self._variables[path].value, m, stack.e.get(path), its_c, its_due)
             for path, copies in self._newest.items():
                 value = self._variables[path].value.read_value()
                 for j, newest in enumerate(copies):
@@ -238,43 +396,20 @@ class GraphAccumulators:
         return tf.cond(tf.reduce_all(finite), accept, refuse)
 
 
-def _move_stacked(weight: tf.Variable, m: tf.Variable, c: tf.Tensor, due: tf.Tensor) -> None:
-    """Does m += c * (w - m) where due; `m` has one axis more than the weight, of the length of `c` and `due`."""
+def _move_stacked(weight: tf.Variable, m: tf.Variable, e: tf.Variable | None, c: tf.Tensor, due: tf.Tensor) -> None:
+    """Does m += c * (w - m) where due; `m` has one axis more than the weight, of the length of `c` and `due`.
+
+    With `e`, what `m` lacks, it is compensated, see `kernels`.
+    """
     before = m.read_value()
     w = tf.cast(weight.read_value(), m.dtype)[..., tf.newaxis]
-    m.assign(tf.where(due, before + tf.cast(c, m.dtype) * (w - before), before))
-
-
-def _initial(variable: keras.Variable) -> Array:
-    """Zeros to be averaged into, written so that their memory is taken now and not in mid-run; or the present value."""
-    if is_averaged(variable):
-        return np.full(variable.shape, 0, accumulator_dtype(variable))
-    return view(variable).copy()
-
-
-def _can_be_averaged(w: Array, limit: float) -> bool:
-    """Whether no number is NaN, infinite or beyond the limit; minimum and maximum of a NaN are NaN."""
-    flat = w.reshape(-1)
-    blocks = (flat[lo : lo + _BLOCK] for lo in range(0, flat.size, _BLOCK))
-    with np.errstate(invalid="ignore"):
-        return all(-limit <= float(block.min()) and float(block.max()) <= limit for block in blocks)
-
-
-def _move(targets: list[tuple[Array, float]], w: Array, buffer: Array) -> None:
-    """Does m += c * (w - m) for each (m, c), block by block, each block of `w` read and converted once."""
-    dtype = targets[0][0].dtype
-    difference_of = buffer.view(dtype)
-    converted_of = np.empty(0 if w.dtype == dtype else min(_BLOCK, w.size), dtype)
-    flat = w.reshape(-1)
-    flats = [(m.reshape(-1), dtype.type(c)) for m, c in targets]
-    for lo in range(0, flat.size, _BLOCK):
-        block = flat[lo : lo + _BLOCK]
-        if w.dtype != dtype:
-            np.copyto(converted_of[: block.size], block)
-            block = converted_of[: block.size]
-        difference = difference_of[: block.size]
-        for m, c in flats:
-            part = m[lo : lo + _BLOCK]
-            np.subtract(block, part, out=difference)
-            np.multiply(difference, c, out=difference)
-            np.add(part, difference, out=part)
+    c = tf.cast(c, m.dtype)
+    if e is None:
+        m.assign(tf.where(due, before + c * (w - before), before))
+        return
+    rest = e.read_value()
+    y = c * ((w - before) - rest) + rest
+    total = before + y
+    added = total - before
+    m.assign(tf.where(due, total, before))
+    e.assign(tf.where(due, (before - (total - added)) + (y - added), rest))

@@ -43,6 +43,7 @@ Resume = Literal["auto", "must", "never"]
 
 _EVERY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step|min|minute)s?\s*", re.IGNORECASE)
 _LEAST_SECONDS = 60.0  # between two saves of whole epochs, if the user has not said how often
+_LINES = 200  # of differences in a message
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -203,11 +204,13 @@ class Run:
         lines = differences(state["signature"], self._signature, "setting")
         lines += differences(saved, {name: slot.describe() for name, slot in slots.items()}, "tensor")
         if lines:
-            more = [f"  ... and {len(lines) - 30} more"] if len(lines) > 30 else []
+            more = [f"  ... and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
             raise CheckpointError(
                 "other-run",
                 checkpoint.path,
-                "it is of another run than this one:\n" + "\n".join([*lines[:30], *more]) + "\nMake them the same, or "
+                "it is of another run than this one:\n"
+                + "\n".join([*lines[:_LINES], *more])
+                + "\nMake them the same, or "
                 "start a new run in another folder.",
             )
         with checkpoint:

@@ -87,7 +87,10 @@ def present(variable: tf.Variable) -> tf.Tensor:
 
 def array_of(value: tf.Tensor) -> Array:
     """Returns a tensor as an array: on a CPU its own memory, not to be written to."""
-    return np.asarray(value if value.shape.rank else value.numpy())  # a bfloat16 scalar is no array to NumPy
+    try:
+        return np.asarray(value)
+    except ValueError:  # a bfloat16 scalar is no array to NumPy
+        return np.asarray(value.numpy())
 
 
 def random_slots() -> dict[str, Slot]:
@@ -197,9 +200,9 @@ def plain_attributes(thing: object, name: str) -> dict[str, tuple[Any, dict[str,
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> list[str]:
-    """Returns in words, a line each, in what two flat dicts differ."""
+    """Returns in words, a line each, in what two flat dicts differ; first what the model has, as others follow it."""
     lines = []
-    for key in [*saved, *(key for key in now if key not in saved)]:
+    for key in sorted({**saved, **now}, key=lambda key: not key.startswith("model/")):
         if key not in now:
             lines.append(f"  {what} {key}: {saved[key]} in the checkpoint, none now")
         elif key not in saved:

@@ -410,10 +410,7 @@ class Trainer:
             "optimizer": type(optimizer).__name__,
             **{f"optimizer {k}": v for k, v in config.items() if v is None or isinstance(v, (bool, int, float, str))},
             "jit_compile": bool(self.model.jit_compile),
-            **{
-                f"average {name}": f"{average.weighting} of every {average.every} {average.unit}s from {average.start}"
-                for name, average in self.averages.items()
-            },
+            **{f"average {name}": _described(average) for name, average in self.averages.items()},
         }
 
     def _average(self, epoch: int) -> None:
@@ -539,6 +536,13 @@ def _predicate(validation_freq: int | Sequence[int]) -> Any:
     if not isinstance(validation_freq, (list, tuple, set, range)):
         raise TypeError(f"Expected validation_freq as an int or a list of epochs, got {validation_freq!r}.")
     return lambda epoch: epoch + 1 in validation_freq
+
+
+def _described(average: Average) -> str:
+    """Returns in words what makes two averages the same."""
+    words = f"{average.weighting} of every {average.every} {average.unit}s from {average.start}"
+    wide = f" in {average.dtype}" if average.dtype else ""
+    return f"{words}{wide}{' compensated' if average.compensated else ''}"
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,122 @@
+"""What an update does to arrays: NumPy's way against Numba's, to the bit, and both against exact sums."""
+
+import functools
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from streaming_polyak import LINEAR, MEAN, Exponential
+from streaming_polyak.training import kernels
+
+DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@functools.cache
+def compiled():
+    move = kernels.mover(10**9)
+    assert move is not kernels.move_blocks  # Numba is there
+    return move
+
+
+@pytest.mark.parametrize("compensated", [False, True], ids=["plain", "compensated"])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1], [0, 2]], ids=str)
+@pytest.mark.parametrize(
+    ("weights", "averages"),
+    [
+        ("float32", "float32"),
+        ("float32", "float64"),
+        ("float64", "float64"),
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+    ],
+)
+def test_both_ways_give_the_same_bits_as_the_formula(weights, averages, rows, compensated):
+    rng = np.random.default_rng(0)
+    n = 2 * kernels._BLOCK + 77
+    start = rng.normal(size=(3, n)).astype(averages)
+    ways = [(start.copy(), np.zeros_like(start) if compensated else None) for _ in range(3)]
+    c = np.array([0.3, 0.01, 1.0])[: len(rows)].astype(averages)
+    for _ in range(3):
+        w = (rng.normal(size=n) * 10.0 ** rng.integers(-3, 4, n)).astype(DTYPES[weights])
+        w.setflags(write=False)
+        kernels.move_blocks(w, *ways[0], np.array(rows), c)
+        compiled()(w, *ways[1], np.array(rows), c)
+        m, e = ways[2]
+        for j, factor in zip(rows, c, strict=True):
+            wide, before = w.astype(averages), m[j].copy()
+            if not compensated:
+                m[j] = before + factor * (wide - before)
+                continue
+            y = factor * ((wide - before) - e[j]) + e[j]
+            m[j] = before + y
+            added = m[j] - before
+            e[j] = (before - (m[j] - added)) + (y - added)
+    for m, e in ways[:2]:
+        assert m.tobytes() == ways[2][0].tobytes()
+        assert not compensated or e.tobytes() == ways[2][1].tobytes()
+
+
+@pytest.mark.parametrize("sizes", [[10, 0, 5], [1], [100, 1, 1, 1, 1000], [7] * 50, [10**6]])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_shares_are_all_numbers_once_and_about_as_many_each(sizes, count):
+    found = [list(share) for share in kernels.shares(sizes, count)]
+    numbers = [(k, i) for share in found for k, first, end in share for i in range(first, end)]
+    assert sorted(numbers) == [(k, i) for k, size in enumerate(sizes) for i in range(size)]
+    each = [sum(end - first for _, first, end in share) for share in found]
+    assert max(each) - min(each) <= 32 or count > len(found) or sum(sizes) < 16 * count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_number_is_seen_anywhere_and_large_ones_are_not_bad(dtype, bad):
+    limit = float(ml_dtypes.finfo(DTYPES[dtype]).max) / 2
+    w = np.full(2 * kernels._BLOCK + 3, 0.9 * limit).astype(DTYPES[dtype])
+    with np.errstate(all="ignore"):
+        assert kernels.can_be_averaged(w, limit)
+        assert not kernels.can_be_averaged(w, 0.8 * limit)
+        for k in (0, 5, w.size - 1):
+            w[k] = bad
+            assert not kernels.can_be_averaged(w, limit)
+            w[k] = 1
+
+
+@pytest.mark.slow
+def test_after_a_million_updates_the_compensated_averages_are_exact_and_plain_ones_within_their_bound():
+    updates, decay = 1_000_000, 0.999
+    weightings = [MEAN, LINEAR, Exponential(decay=decay)]
+    rng = np.random.default_rng(1)
+    members = np.empty((updates, 6), np.float32)
+    members[:, 0] = 1 + rng.normal(size=updates) / 100
+    members[:, 1] = rng.normal(size=updates) + 3
+    members[:, 2] = np.linspace(-1, 2, updates)  # goes on in one direction
+    members[:, 3] = 0.1  # never moves
+    members[:, 4] = rng.normal(size=updates).cumsum() / 1000  # walks
+    members[:, 5] = np.where(np.arange(updates) % 2, 1e4, -1e-4) + rng.normal(size=updates)
+    n = np.arange(1, updates + 1)
+    c = np.stack([weighting(n) for weighting in weightings]).T
+    rows = np.arange(3)
+    plain, wide, m = (np.zeros((3, 6), dtype) for dtype in (np.float32, np.float64, np.float32))
+    e, c32 = np.zeros_like(m), c.astype(np.float32)
+    move = compiled()
+    for k in range(updates):
+        move(members[k], plain, None, rows, c32[k])
+        move(members[k], m, e, rows, c32[k])
+        move(members[k], wide, None, rows, c[k])
+    raw = [np.ones(updates), n.astype(np.float64), decay ** (updates - n.astype(np.float64))]
+    for j, weights in enumerate(raw):
+        for i, column in enumerate(members.T.astype(np.float64)):
+            exact = math.fsum(weights * column) / math.fsum(weights)
+            ulp = float(np.spacing(np.float32(abs(exact))))
+            assert abs(float(m[j, i]) - exact) <= ulp, (j, i)
+            assert abs(float(wide[j, i]) - exact) <= 1e-5 * ulp, (j, i)
+            largest = float(np.spacing(np.abs(members[:, i]).max()))
+            bound = (updates / 4, updates / 6, 1 / (2 * (1 - decay)))[j] + 3  # see Average
+            assert abs(float(plain[j, i]) - exact) <= bound * largest, (j, i)
+    worst = max(
+        abs(float(plain[0, i]) - math.fsum(column) / updates)
+        / float(np.spacing(np.float32(abs(math.fsum(column) / updates))))
+        for i, column in enumerate(members.T.astype(np.float64))
+    )
+    assert worst > 10  # what compensation is for
