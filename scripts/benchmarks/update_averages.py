@@ -242,9 +242,8 @@ class Child:
 def measure(case: str, count: int, ways: list[str], rounds: int) -> list[dict[str, Any]]:
     """Runs the ways of a case in turns."""
     rows: list[dict[str, Any]] = []
-    children = {}
-    for way in ways:
-        made = children[way] = Child(way, case, count)
+    children = {way: Child(way, case, count) for way in ways}
+    for way, made in children.items():
         assert made.read() == "imported"
         before = made.anonymous()
         assert made.ask("make") == "made"
