@@ -14,15 +14,19 @@ pytestmark = [pytest.mark.tensorflow, pytest.mark.slow]
 
 def test_the_benchmark_of_the_loop_compares_with_keras():
     done = subprocess.run(
-        [sys.executable, SCRIPTS / "train_loop.py", "--repeats", "1", "--json"],
+        [sys.executable, SCRIPTS / "train_loop.py", "--case", "tiny", "--repeats", "1", "--json"],
         capture_output=True,
         text=True,
         check=True,
     )
     rows = json.loads(done.stdout)
-    assert [row["steps"] for row in rows] == [2000] * 4 + [3125] * 4
-    assert rows[0]["way"] == "Keras fit"
-    assert rows[0]["times_keras"] == 1.0
+    ways = ["fit", "fit, steps_per_execution=4", "Trainer"]
+    assert [(row["validated"], row["way"]) for row in rows] == [
+        *((False, way) for way in ways),
+        *((True, way) for way in [*ways, "Trainer, 3 averages"]),
+    ]
+    assert min(row["epoch_times_best_fit"] for row in rows[:2]) == 1.0
+    assert all(row["seconds"] > row["epoch"] > 0 and row["mib"] > 100 for row in rows)
 
 
 def test_an_update_at_the_end_of_an_epoch_needs_little_passing_memory_and_leaves_none_behind():
