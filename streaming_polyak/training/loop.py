@@ -18,6 +18,7 @@ from streaming_polyak.training.data import Feed, RowFeed
 from streaming_polyak.training.datasets import IteratorFeed
 
 Step = Callable[[Any], None]
+Scores = dict[str, Any]
 
 
 class Loop:
@@ -25,61 +26,76 @@ class Loop:
 
     Args:
         step: takes a batch as (x,), (x, y) or (x, y, sample_weight); what it gives stays in variables.
+        scores: reads them; it is compiled with the steps, as that costs a tenth of as many calls from Python.
         jit_compile: compile the step with XLA.
         run_eagerly: compile nothing, so that the step can be looked into with a debugger.
     """
 
-    def __init__(self, step: Step, *, jit_compile: bool = False, run_eagerly: bool = False) -> None:
+    def __init__(
+        self, step: Step, scores: Callable[[], Scores], *, jit_compile: bool = False, run_eagerly: bool = False
+    ) -> None:
         self._step = tf.function(step, jit_compile=True, autograph=False) if jit_compile else step
+        self._scores = scores
         self._eager = run_eagerly
+        self._functions: list[Any] = []
         self._compiled: dict[str, Any] = {}
 
-    def __call__(self, feed: Feed, steps: int) -> int:
+    def __call__(self, feed: Feed, steps: int) -> tuple[int, Scores]:
         """Makes up to `steps` steps on batches of `feed`.
 
         Returns:
-            How many were made: at least 1, unless a feed of unknown length turned out to be at its end.
+            How many were made, at least 1, unless a feed of unknown length turned out to be at its end; and the scores
+            after them.
         """
         if isinstance(feed, RowFeed):
             rows, first, end = feed.take(steps)
-            self._over_rows(rows, feed.batch_size)(rows, first, end)
-            return end - first
+            scores = self._over_rows(rows, feed.batch_size)(rows, _count(first), _count(end))
+            return end - first, scores
         assert isinstance(feed, IteratorFeed)
         iterator, asked = feed.take(steps)
-        made = int(self._over_iterator()(iterator, tf.constant(asked, tf.int64)))
+        counted, scores = self._over_iterator()(iterator, _count(asked))
+        made = int(counted)
         feed.took(asked, made)
-        return made
+        return made, scores
 
     @property
     def traces(self) -> int:
         """How many times a function was traced; it does not grow from epoch to epoch."""
-        return sum(function.experimental_get_tracing_count() for function in self._compiled.values())
+        return sum(function.experimental_get_tracing_count() for function in self._functions)
 
     def _over_rows(self, rows: Any, batch_size: int) -> Any:
         specs = keras.tree.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), rows)
 
-        def over_rows(rows: Any, first: tf.Tensor, end: tf.Tensor) -> None:
+        def over_rows(rows: Any, first: tf.Tensor, end: tf.Tensor) -> Scores:
             def body(i: tf.Tensor) -> tuple[tf.Tensor]:
                 start = i * batch_size
                 self._step(keras.tree.map_structure(lambda t: t[start : start + batch_size], rows))
                 return (i + 1,)
 
             tf.while_loop(lambda i: i < end, body, (first,), parallel_iterations=1)
+            return self._scores()
 
-        count = tf.TensorSpec([], tf.int64)
-        return self._compile(f"{batch_size} {specs}", over_rows, input_signature=[specs, count, count])
-
-    def _over_iterator(self) -> Any:
-        return self._compile("iterator", self._iterate, reduce_retracing=True)
-
-    def _compile(self, key: str, function: Any, **options: Any) -> Any:
         if self._eager:
-            return function
+            return over_rows
+        key = f"{batch_size} {specs}"
         if key not in self._compiled:
-            self._compiled[key] = tf.function(function, autograph=False, **options)
+            # Called as a concrete function, which costs 0.16 ms where a tf.function that looks for one costs 0.35.
+            count = tf.TensorSpec([], tf.int64)
+            self._compiled[key] = self._function(over_rows).get_concrete_function(specs, count, count)
         return self._compiled[key]
 
-    def _iterate(self, iterator: Any, steps: tf.Tensor) -> tf.Tensor:
+    def _over_iterator(self) -> Any:
+        if self._eager:
+            return self._iterate
+        if "iterator" not in self._compiled:
+            self._compiled["iterator"] = self._function(self._iterate)
+        return self._compiled["iterator"]
+
+    def _function(self, function: Any) -> Any:
+        self._functions.append(tf.function(function, autograph=False, reduce_retracing=True))
+        return self._functions[-1]
+
+    def _iterate(self, iterator: Any, steps: tf.Tensor) -> tuple[tf.Tensor, Scores]:
         def body(made: tf.Tensor, more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             batch = iterator.get_next_as_optional()
             more = batch.has_value()
@@ -97,7 +113,7 @@ class Loop:
             (tf.constant(0, tf.int64), tf.constant(True)),
             parallel_iterations=1,
         )
-        return made
+        return made, self._scores()
 
 
 def train_step(
@@ -151,6 +167,10 @@ def loss_of(model: keras.Model, *, training: bool) -> Callable[..., tf.Tensor]:
     if any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters):
         return partial(model.compute_loss, training=training)
     return cast(Callable[..., tf.Tensor], model.compute_loss)
+
+
+def _count(steps: int) -> tf.Tensor:
+    return tf.constant(steps, tf.int64)
 
 
 def _then_true(function: Callable[[tf.Tensor], None], step: tf.Tensor) -> bool:

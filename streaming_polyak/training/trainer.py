@@ -27,7 +27,7 @@ from streaming_polyak.training.averages import Averages, unchanged, variables_by
 from streaming_polyak.training.data import Batches, make_batches
 from streaming_polyak.training.history import History
 from streaming_polyak.training.hooks import Hooks, scored_name
-from streaming_polyak.training.loop import Loop, evaluation_step, loss_of, train_step
+from streaming_polyak.training.loop import Loop, Scores, evaluation_step, loss_of, train_step
 from streaming_polyak.training.run import Position, Resume, Run, SaveEvery
 from streaming_polyak.training.saving import MemberFiles, save
 from streaming_polyak.training.state import Slot, variable_slots
@@ -245,7 +245,7 @@ class Trainer:
         averages = self._built_averages()
         history = self.history = self.model.history = History()
         params = {"epochs": epochs, "steps": batches.steps, "verbose": 0}
-        trained = list(self._results())
+        trained = list(self._scores())
         scored = [] if validation is None else [f"val_{name}" for name in trained]
         if validation is not None:
             scored += [scored_name(name, average) for average in self.averages for name in trained]
@@ -270,8 +270,7 @@ class Trainer:
             while position.epoch < epochs and position.stopped < epochs:
                 epoch = position.epoch
                 if position.phase == "train":
-                    position, complete = self._train_epoch(batches, position, hooks, bar)
-                    logs = self._results()
+                    position, complete, logs = self._train_epoch(batches, position, hooks, bar)
                     batches.end_epoch()
                     if complete:
                         self._average(epoch)
@@ -363,8 +362,11 @@ class Trainer:
             save(self.model, path, overwrite=overwrite)
         return path
 
-    def _train_epoch(self, batches: Batches, position: Position, hooks: Hooks, bar: tqdm[Any]) -> tuple[Position, bool]:
-        """Makes the steps of one epoch that are not done; returns where it ended, and whether none were left out."""
+    def _train_epoch(
+        self, batches: Batches, position: Position, hooks: Hooks, bar: tqdm[Any]
+    ) -> tuple[Position, bool, dict[str, Any]]:
+        """Makes the steps of one epoch that are not done; returns where it ended, whether none were left, and scores."""
+        scores: Scores | None = None
         if not position.done:
             hooks.call("on_epoch_begin", position.epoch)
             self._reset()
@@ -375,11 +377,11 @@ class Trainer:
                 steps = self._run.steps_until_save(position, steps)
             hooks.batch_begin(position.done)
             started = time.perf_counter()
-            made = self._train_loop(feed, steps)
+            made, scores = self._train_loop(feed, steps)
             seconds = time.perf_counter() - started
             position = replace(position, done=position.done + made, steps=position.steps + made)
             if hooks.has_batch_hooks and made:
-                hooks.batch_end(position.done - 1, self._results())
+                hooks.batch_end(position.done - 1, _plain(scores))
             if made == self._steps_a_call:
                 # Twice as many at the most, so that one quick call does not lead to a very long one.
                 self._steps_a_call = max(1, min(2 * steps, int(steps * _CALL_SECONDS / max(seconds, 1e-9))))
@@ -389,7 +391,7 @@ class Trainer:
             if self._run is not None and not self.model.stop_training:
                 self._run.after_steps(position)
         self._report(self._built_averages().check_steps)
-        return position, not feed.more()
+        return position, not feed.more(), _plain(self._scores() if scores is None else scores)
 
     def _slots(self) -> dict[str, Slot]:
         """Returns all tensors that the training consists of."""
@@ -438,24 +440,26 @@ class Trainer:
         with unchanged(self.model.non_trainable_variables):
             self._reset()
             feed = batches.epoch(0)
+            scores: Scores = {}
             while feed.more():
-                self._evaluation_loop(feed, _EVALUATION_STEPS)
+                _, scores = self._evaluation_loop(feed, _EVALUATION_STEPS)
                 if self._run is not None and self._run.signalled:
                     raise _Signalled
-            return self._results()
+            return _plain(scores)
 
     def _reset(self) -> None:
         self.model.reset_metrics()
         self._loss.reset_state()
 
-    def _results(self) -> dict[str, Any]:
+    def _scores(self) -> Scores:
+        """Returns the loss and the metrics as they are now; also a part of the compiled loops."""
         results = {"loss": self._loss.result()}
         for name, value in self.model.get_metrics_result().items():
             if isinstance(value, dict):  # a metric with several results
                 results |= value
             elif name != "loss":
                 results[name] = value
-        return {name: _plain(value) for name, value in results.items()}
+        return results
 
     def _build(self, batches: Batches) -> None:
         """Makes what does not exist yet: variables of model, optimizer, metrics and averages, the compiled loops."""
@@ -478,8 +482,8 @@ class Trainer:
             return
         _make_metrics(model, specs)
         options = {"jit_compile": model.jit_compile, "run_eagerly": model.run_eagerly}
-        self._train_loop = Loop(train_step(model, self._loss, self._state.step_update), **options)
-        self._evaluation_loop = Loop(evaluation_step(model, self._loss), **options)
+        self._train_loop = Loop(train_step(model, self._loss, self._state.step_update), self._scores, **options)
+        self._evaluation_loop = Loop(evaluation_step(model, self._loss), self._scores, **options)
         self._made_for = made_for
         self._steps_a_call = 1
 
@@ -545,9 +549,9 @@ def _described(average: Average) -> str:
     return f"{words}{wide}{' compensated' if average.compensated else ''}"
 
 
-def _plain(value: Any) -> Any:
-    array = np.asarray(value)
-    return float(array) if array.ndim == 0 else array
+def _plain(scores: Scores) -> dict[str, Any]:
+    arrays = {name: np.asarray(value) for name, value in scores.items()}
+    return {name: float(array) if array.ndim == 0 else array for name, array in arrays.items()}
 
 
 def _postfix(logs: dict[str, Any], missing: set[str]) -> str:
