@@ -30,7 +30,7 @@ from streaming_polyak.training.hooks import Hooks, scored_name
 from streaming_polyak.training.loop import Loop, Scores, evaluation_step, loss_of, train_step
 from streaming_polyak.training.run import Position, Resume, Run, SaveEvery
 from streaming_polyak.training.saving import MemberFiles, save
-from streaming_polyak.training.state import Slot, variable_slots
+from streaming_polyak.training.state import Slot, present, variable_slots
 
 logger = logging.getLogger("streaming_polyak")
 
@@ -124,6 +124,7 @@ class Trainer:
         self._state: Averages | None = None
         self._loss = keras.metrics.Mean(name="loss")
         self._made_for: list[Any] = []
+        self._at_reset: list[tuple[tf.Variable, tf.Tensor]] | None = None
         self._steps_a_call = 1
         self._train_loop: Loop
         self._evaluation_loop: Loop
@@ -365,7 +366,7 @@ class Trainer:
     def _train_epoch(
         self, batches: Batches, position: Position, hooks: Hooks, bar: tqdm[Any]
     ) -> tuple[Position, bool, dict[str, Any]]:
-        """Makes the steps of one epoch that are not done; returns where it ended, whether none were left, and scores."""
+        """Makes the steps of an epoch that are not done; returns where it ended, whether none were left, and scores."""
         scores: Scores | None = None
         if not position.done:
             hooks.call("on_epoch_begin", position.epoch)
@@ -448,8 +449,12 @@ class Trainer:
             return _plain(scores)
 
     def _reset(self) -> None:
-        self.model.reset_metrics()
-        self._loss.reset_state()
+        if self._at_reset is None:
+            self.model.reset_metrics()
+            self._loss.reset_state()
+            return
+        for variable, value in self._at_reset:
+            tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
 
     def _scores(self) -> Scores:
         """Returns the loss and the metrics as they are now; also a part of the compiled loops."""
@@ -481,6 +486,12 @@ class Trainer:
         if len(made_for) == len(self._made_for) and all(map(operator.is_, made_for, self._made_for)):
             return
         _make_metrics(model, specs)
+        self._at_reset = None
+        self._reset()
+        if all(map(_resets_variables_alone, [model, *model.metrics])):
+            # By Keras' own methods a reset takes 0.4 ms, as long as two steps of a small model.
+            metrics = [self._loss, *model.metrics]
+            self._at_reset = [(v.value, present(v.value)) for metric in metrics for v in metric.variables]
         options = {"jit_compile": model.jit_compile, "run_eagerly": model.run_eagerly}
         self._train_loop = Loop(train_step(model, self._loss, self._state.step_update), self._scores, **options)
         self._evaluation_loop = Loop(evaluation_step(model, self._loss), self._scores, **options)
@@ -515,7 +526,13 @@ def _make_metrics(model: keras.Model, specs: Any) -> None:
     # With several outputs the loss has metrics too.
     loss_of(model, training=False)(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
     model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-    model.reset_metrics()
+
+
+def _resets_variables_alone(thing: Any) -> bool:
+    """Whether a metric, with those in it, or a model resets as Keras wrote it: variables, each to a fixed value."""
+    method = thing.reset_metrics if isinstance(thing, keras.Model) else thing.reset_state
+    inner = () if isinstance(thing, keras.Model) else getattr(thing, "metrics", ())
+    return method.__module__.startswith("keras.") and all(map(_resets_variables_alone, inner))
 
 
 def _zeros(spec: Any) -> Any:
