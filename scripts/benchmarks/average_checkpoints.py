@@ -1,21 +1,23 @@
 """Averages checkpoints of a Keras model in several ways, next to what reading and writing the files takes at least.
 
-Each way runs in a child process of its own; this one samples its memory every 2 ms (RssAnon and RssFile of
-/proc/PID/status). Imports come before the clock starts and before the memory that is counted from, except for the
-command, which is timed as a whole process. All ways take turns; shown is the median. "cat + write" is the time of
-`cat FILES > /dev/null` plus that of writing one such file and syncing it, as every way of ours syncs what it writes.
+Each way runs in a child process of its own, whose memory is sampled every 2 ms, that of processes it starts included
+(see `measuring`). Imports come before the clock starts and before the memory that is counted from, except for the
+command, which is timed and weighed as a whole process. All ways take turns; shown is the median. "cat + write" is the
+time of `cat FILES > /dev/null` plus that of writing one such file and syncing it, as every way of ours syncs what it
+writes; the others do not.
+
+What users of torch have runs too, on files with the same arrays, where some interpreter has it: this one, or one that
+is named by --python. The README beside this file says how to install it.
 
     python scripts/benchmarks/average_checkpoints.py
-    python scripts/benchmarks/average_checkpoints.py --size 400 --count 10 --repeats 5 --slow
+    python scripts/benchmarks/average_checkpoints.py --size 400 --repeats 5 --slow --python ../rivals/bin/python
     python scripts/benchmarks/average_checkpoints.py --size 400 --format weights.h5 --weighting linear --json
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import platform
 import shlex
 import shutil
 import statistics
@@ -27,12 +29,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+from average_rivals import LAYERS, RIVALS, arrays, width, write_safetensors
+from measuring import MIB, SAMPLE_SECONDS, ChildFailedError, child, has_modules, machine, memory, seconds_of, watch
 from tabulate import tabulate
 
-MIB = 2**20
-SAMPLE_SECONDS = 0.002
-LAYERS = 10
-WIDTH_BYTES = 4
+FORMATS = ("keras", "weights.h5", "safetensors")
+HUGE_MB = 4000
+RIVALS_SCRIPT = Path(__file__).with_name("average_rivals.py")
 
 
 def ours(paths: list[Path], output: Path, weighting: str) -> None:
@@ -101,66 +104,42 @@ SLOW = ("load_model, one at a time", "tutorial: load all")
 
 def make_members(folder: Path, size_mb: float, count: int, suffix: str) -> list[Path]:
     """Saves `count` models with Dense layers that have `size_mb` megabytes of weights together; plain Keras."""
+    paths = [folder / f"member-{number:03}.{suffix}" for number in range(count)]
+    if suffix == "safetensors":
+        for number, path in enumerate(paths):
+            write_safetensors(path, size_mb, number)
+        return paths
     import keras
-    import numpy as np
 
-    width = max(2, int((size_mb * 1e6 / WIDTH_BYTES / LAYERS) ** 0.5))
-    model = keras.Sequential([keras.Input((width,)), *(keras.layers.Dense(width) for _ in range(LAYERS))])
-    rng = np.random.default_rng(0)
-    paths = []
-    for i in range(count):
-        for variable in model.variables:
-            variable.assign(rng.standard_normal(variable.shape, dtype=np.float32))
-        path = folder / f"member-{i:03}.{suffix}"
+    size = width(size_mb)
+    model = keras.Sequential([keras.Input((size,)), *(keras.layers.Dense(size) for _ in range(LAYERS))])
+    for number, path in enumerate(paths):
+        for variable, (_, w) in zip(model.variables, arrays(size_mb, number), strict=True):
+            variable.assign(w)
         model.save_weights(path) if suffix == "weights.h5" else model.save(path)
-        paths.append(path)
     return paths
-
-
-def memory(pid: int) -> tuple[int, int]:
-    """Returns anonymous and file-backed resident bytes of a process; zeros when it is gone."""
-    try:
-        with open(f"/proc/{pid}/status") as status:
-            rows = {line.split()[0]: line.split() for line in status}
-        return int(rows["RssAnon:"][1]) * 1024, int(rows["RssFile:"][1]) * 1024
-    except (OSError, KeyError):
-        return 0, 0
 
 
 def run_child(way: str, paths: list[Path], output: Path, weighting: str) -> None:
     """Imports, waits for a line, works, prints the seconds."""
     work, modules = WAYS[way]
-    for module in modules:
-        importlib.import_module(module)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    started = time.perf_counter()
-    work(paths, output, weighting)
-    print(time.perf_counter() - started, flush=True)
+    child(lambda: {"seconds": seconds_of(lambda: work(paths, output, weighting))}, modules)
 
 
 def measure(way: str, paths: list[Path], output: Path, weighting: str) -> dict[str, float]:
     """Runs a way in a child process; returns seconds and MiB of memory above what its imports took."""
-    arguments = [sys.executable, __file__, "--child", way, "--weighting", weighting, "--output", output, *paths]
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    with subprocess.Popen(
-        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            raise click.ClickException(f"{way!r} ended early with status {process.wait()}")
-        before, samples = memory(process.pid), []
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        os.set_blocking(process.stdout.fileno(), False)
-        while not (said := process.stdout.readline()) and process.poll() is None:
-            samples.append(memory(process.pid))
-            time.sleep(SAMPLE_SECONDS)
-        if not said:
-            raise click.ClickException(f"{way!r} failed with status {process.wait()}")
-    peaks = [max(values) - start for values, start in zip(zip(*samples, strict=True), before, strict=True)]
-    return {"seconds": float(said), "anonymous_mib": peaks[0] / MIB, "file_mib": max(0, peaks[1]) / MIB}
+    return watched(
+        way, [sys.executable, __file__, "--child", way, "--weighting", weighting, "--output", output, *paths]
+    )
+
+
+def watched(way: str, command: list[str | Path]) -> dict[str, float]:
+    """Runs a child; returns its seconds, and MiB of memory above what its imports took."""
+    try:
+        found = watch(command)
+    except ChildFailedError as error:
+        raise click.ClickException(f"{way!r} {error}") from None
+    return {**found.answer, "anonymous_mib": found.anonymous_mib, "file_mib": max(0.0, found.file_mib)}
 
 
 def timed(command: list[str] | str) -> dict[str, float]:
@@ -170,35 +149,95 @@ def timed(command: list[str] | str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started}
 
 
+def weighed(command: list[str]) -> dict[str, float]:
+    """Times a command as a whole process, and returns all the memory it had, interpreter and imports included."""
+    started, peaks = time.perf_counter(), (0, 0)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            peaks = tuple(map(max, zip(peaks, memory(process.pid), strict=True)))
+            time.sleep(SAMPLE_SECONDS)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise click.ClickException(f"{shlex.join(command[:4])} ... ended with status {process.returncode}")
+    return {"seconds": seconds, "anonymous_mib": peaks[0] / MIB, "file_mib": peaks[1] / MIB}
+
+
+def interpreters(pythons: tuple[str, ...], weighting: str) -> tuple[dict[str, str], list[str]]:
+    """Returns which interpreter has each rival, and a word on each that is left out."""
+    found, left_out = {}, []
+    for way, rival in RIVALS.items():
+        python = next((python for python in (sys.executable, *pythons) if has_modules(python, rival.modules)), None)
+        if python is None:
+            left_out.append(f"{way} (not installed: {' and '.join(rival.modules)})")
+        elif weighting != "mean":
+            left_out.append(f"{way} (written for the mean alone)")
+        else:
+            found[way] = python
+    return found, left_out
+
+
+def make_rival_inputs(folder: Path, size_mb: float, count: int, rivals: dict[str, str]) -> dict[str, list[Path]]:
+    """Writes what each rival reads into a folder of its own, where the same files serve all that can read them."""
+    paths: dict[str, list[Path]] = {}
+    for way, python in rivals.items():
+        suffix = RIVALS[way].inputs
+        into = folder / suffix
+        if not into.exists():
+            into.mkdir()
+            subprocess.run([python, RIVALS_SCRIPT, "--make", into, str(size_mb), str(count), suffix], check=True)
+        paths[way] = sorted(into.iterdir())
+    return paths
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def compare(
-    size_mb: float, count: int, suffix: str, weighting: str, repeats: int, slow: bool, folder: Path
+    size_mb: float,
+    count: int,
+    suffix: str,
+    weighting: str,
+    repeats: int,
+    slow: bool,
+    rivals: dict[str, str],
+    rival_inputs: dict[str, list[Path]],
+    folder: Path,
 ) -> list[dict[str, object]]:
-    """Returns a row for each way; the files are made and removed here."""
+    """Returns a row for each way; the files are made and removed here, those of the rivals are the caller's."""
     making = [sys.executable, __file__, "--make", str(folder), "--size", str(size_mb), "--count", str(count)]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     subprocess.run([*making, "--format", suffix], check=True, env=environment, stderr=subprocess.DEVNULL)
     paths = sorted(folder.glob(f"member-*.{suffix}"))
     output = folder / f"average.{suffix}"
     copy = folder / "copy"
+    outputs = [output, copy, *(folder / RIVALS[way].output for way in rivals)]
     ways: dict[str, Callable[[], dict[str, float]]] = {
         "cat": lambda: timed(f"cat {shlex.join(map(str, paths))} > /dev/null"),
         "write": lambda: timed("cat {0} > {1} && sync {1}".format(*map(shlex.quote, (str(paths[0]), str(copy))))),
         "ours": lambda: measure("ours", paths, output, weighting),
-        "ours, the command": lambda: timed(
+        "ours, the command": lambda: weighed(
             [sys.executable, "-m", "streaming_polyak", "average", *map(str, paths), "-o", str(output), "-w", weighting]
         ),
-        "h5py, whole files": lambda: measure("h5py, whole files", paths, output, weighting),
     }
+    if suffix != "safetensors":
+        ways["h5py, whole files"] = lambda: measure("h5py, whole files", paths, output, weighting)
+    for way, python in rivals.items():
+        command = [python, RIVALS_SCRIPT, way, folder / RIVALS[way].output, *rival_inputs[way]]
+        ways[way] = lambda way=way, command=command: watched(way, command)
     if slow and suffix == "keras":
         ways |= {way: lambda way=way: measure(way, paths, output, weighting) for way in SLOW}
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for turn in range(repeats):
         for way, work in ways.items():
             if way not in SLOW or turn == 0:
-                copy.unlink(missing_ok=True)
-                output.unlink(missing_ok=True)  # removing an old file takes time that is not the average's
+                for path in outputs:  # removing an old file takes time that is not the average's
+                    remove(path)
                 runs[way].append(work())
-    copy.unlink(missing_ok=True)
     read = sum(path.stat().st_size for path in paths)
     median = {way: statistics.median(run["seconds"] for run in of) for way, of in runs.items()}
     rows: list[dict[str, object]] = []
@@ -218,20 +257,23 @@ def compare(
         for name in ("anonymous_mib", "file_mib"):
             row[name] = max(run[name] for run in of) if name in of[0] else None
         rows.append(row)
-    for path in [*paths, output]:
-        path.unlink(missing_ok=True)
+    for path in [*paths, *outputs]:
+        remove(path)
     return rows
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--size", "sizes", type=float, multiple=True, default=(10, 400), show_default=True, help="MB a file.")
+@click.option("--huge", is_flag=True, help=f"Files of {HUGE_MB} MB too, without the rivals; they need 48 GB of disk.")
 @click.option("--count", "counts", type=int, multiple=True, default=(10,), show_default=True, help="Files.")
 @click.option(
-    "--format", "formats", type=click.Choice(["keras", "weights.h5"]), multiple=True, default=("keras", "weights.h5")
+    "--format", "formats", type=click.Choice(FORMATS), multiple=True, default=FORMATS, show_default="all of them"
 )
 @click.option("--weighting", default="mean", show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--slow", is_flag=True, help="The ways that load models too (6 GB and minutes at 400 MB); once each.")
+@click.option("--rivals/--no-rivals", "with_rivals", default=True, help="Run what other libraries have.")
+@click.option("--python", "pythons", multiple=True, help="An interpreter that has torch or mergekit.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the files go. [default: a temporary folder]")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--child", hidden=True)
@@ -240,11 +282,14 @@ def compare(
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path), metavar="")
 def main(
     sizes: tuple[float, ...],
+    huge: bool,
     counts: tuple[int, ...],
     formats: tuple[str, ...],
     weighting: str,
     repeats: int,
     slow: bool,
+    with_rivals: bool,
+    pythons: tuple[str, ...],
     folder: Path | None,
     as_json: bool,
     child: str | None,
@@ -258,27 +303,27 @@ def main(
     if make is not None:
         make_members(make, sizes[0], counts[0], formats[0])
         return
-    base = Path(tempfile.mkdtemp(prefix="average-", dir=folder))
-    try:
-        rows = [
-            row
-            for size in sizes
-            for count in counts
-            for suffix in formats
-            for row in compare(size, count, suffix, weighting, repeats, slow, base)
-        ]
-    finally:
-        shutil.rmtree(base)
+    rivals, left_out = interpreters(pythons, weighting) if with_rivals else ({}, [])
+    rows: list[dict[str, object]] = []
+    for size in (*sizes, *(HUGE_MB,) * huge):
+        for count in counts:
+            base = Path(tempfile.mkdtemp(prefix="average-", dir=folder))
+            try:
+                here = rivals if size < HUGE_MB else {}
+                inputs = make_rival_inputs(base, size, count, here)
+                for suffix in formats:
+                    rows += compare(size, count, suffix, weighting, repeats, slow, here, inputs, base)
+            finally:
+                shutil.rmtree(base)
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        click.echo(json.dumps({"machine": machine("numpy", "h5py"), "left_out": left_out, "rows": rows}, indent=1))
         return
-    import h5py
-    import numpy as np
-
     click.echo(
-        f"{platform.platform()}, {os.cpu_count()} processors, Python {platform.python_version()}, NumPy "
-        f"{np.__version__}, h5py {h5py.__version__}; page cache warm; memory above imports, at its highest\n"
+        f"{machine('numpy', 'h5py')}; files in the page cache, as far as they fit. Memory is the highest above the "
+        "imports, that of the command all it had\n"
     )
+    if left_out:
+        click.echo(f"Left out: {', '.join(left_out)}.\n")
     header = {
         "format": "format", "size_mb": "MB a file", "count": "files", "way": "way", "seconds": "seconds",
         "gb_per_second": "GB/s", "times_cat": "x cat", "times_cat_and_write": "x (cat + write)",
