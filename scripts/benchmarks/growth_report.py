@@ -3,7 +3,7 @@
 Every time is taken for a sum of costs, each in proportion to something:
 
     an update   fixed + tensor * T + parameter * P + average * k P
-    files       fixed + file * N + tensor * N T + byte read * N B + byte written * B
+    files       fixed + file * N + tensor * T + tensor of a file * N T + byte read * N B + byte written * B
     training    fixed + epoch * E
 
 with T tensors, P parameters, k averages, N files of B bytes. The squares are those of relative errors, so that short
@@ -72,7 +72,7 @@ def of_update(point: Point) -> dict[str, float]:
 def of_files(point: Point) -> dict[str, float]:
     """Returns how much of each cost averaging files has."""
     n, t, b = point["members"], point["tensors"], point["bytes"]
-    return {"call": 1, "file": n, "tensor of a file": n * t, "byte read": n * b, "byte written": b}
+    return {"call": 1, "file": n, "tensor": t, "tensor of a file": n * t, "byte read": n * b, "byte written": b}
 
 
 def of_training(point: Point) -> dict[str, float]:
@@ -80,6 +80,13 @@ def of_training(point: Point) -> dict[str, float]:
     return {"call": 1, "epoch": point["epochs"]}
 
 
+_WHAT = {
+    (
+        "files",
+        "call",
+    ): "what a call costs: starting the process that parses HDF5, making, syncing and checking the output",
+    ("epochs", "call"): "what a call costs: tracing and compiling the step",
+}
 _FEATURES = {"updates": of_update, "files": of_files, "epochs": of_training}
 
 
@@ -163,7 +170,7 @@ def costs_table(fits: dict[str, Fit], points: Sequence[Point]) -> str:
         errors = [
             abs(p["least_seconds"] / found.seconds(p) - 1) for p in points if p["kind"] == kind and found.seconds(p)
         ]
-        text = ", ".join(f"{duration(cost)} a {name}" for name, cost in found.costs.items())
+        text = ", ".join(f"{duration(cost)} per {name}" for name, cost in found.costs.items())
         rows.append([kind, text, f"{found.used}", f"{np.median(errors):.0%}", f"{max(errors):.0%}"])
     header = ["", "fitted cost", "points", "median error of all", "largest"]
     return str(tabulate(rows, header, tablefmt="github", disable_numparse=True))
@@ -203,7 +210,8 @@ def sentence(curve: Curve, found: Fit, cache: dict[int, int]) -> str:
         biggest = max(fixed, key=lambda cost: found.share(cost, first))
         said.append(
             f"The curve bends near {what}: below it, what does not depend on them is most of the time ({share[0]:.0%} "
-            f"at the first point by the fit, {share[1]:.0%} at the last), above all the cost of each {biggest}."
+            f"at the first point by the fit, {share[1]:.0%} at the last), above all "
+            f"{_WHAT.get((curve.kind, biggest), f'the cost of each {biggest}')}."
         )
     elif share[1] > 0.5:
         said.append(f"What does not depend on them is most of the time at every point ({share[1]:.0%} at the last).")
@@ -216,21 +224,20 @@ def sentence(curve: Curve, found: Fit, cache: dict[int, int]) -> str:
 
 def caching(curve: Curve, found: Fit, cache: dict[int, int]) -> list[str]:
     """Says which points are faster or slower than the costs beyond the caches, and which cache they fit into."""
-    said = []
+    said, unexplained = [], []
     for point, x in zip(curve.points, curve.x, strict=True):
         times, state = point["least_seconds"] / found.seconds(point), state_bytes(point)
         fitting = [level for level, nbytes in sorted(cache.items()) if state <= nbytes]
-        if times < 1 - _BEND and fitting:
+        moving = found.share("parameter", point) + found.share("parameter of each average", point)
+        if times < 1 - _BEND and fitting and moving > 0.5:
             said.append(
                 f"At {number(x)} it takes {times:.2f} of the fit, whose costs are those of main memory: weights and "
                 f"averages, {size(state)}, fit into the L{fitting[0]} cache of {size(cache[fitting[0]])}."
             )
         elif abs(times - 1) > _BEND:
-            where = "fit into a cache" if fitting else "fit into no cache"
-            said.append(
-                f"At {number(x)} it takes {times:.2f} of the fit, though weights and averages, {size(state)}, {where}: "
-                "the sum of costs does not explain it."
-            )
+            unexplained.append(f"{number(x)} ({times:.2f})")
+    if unexplained:
+        said.append(f"Neither these costs nor a cache explain the ratio to the fit at {', '.join(unexplained)}.")
     return said
 
 
@@ -245,7 +252,8 @@ def memory_sentence(curve: Curve) -> str:
         )
     if last < 1.5 * first + 4:
         return f"Memory does not grow: {first:,.1f} MiB at the first point, {last:,.1f} at the last."
-    return f"Memory grows from {first:,.1f} to {last:,.1f} MiB."
+    why = ", as the tables of the files do, here and in the process that parses HDF5" if curve.axis == "tensors" else ""
+    return f"Memory grows from {first:,.1f} to {last:,.1f} MiB{why}."
 
 
 def estimates(measured: dict[str, Any], fits: dict[str, Fit]) -> str:
@@ -348,6 +356,7 @@ def draw(measured: dict[str, Any], folder: Path, seen_from: Path) -> list[str]:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     points, cache = measured["points"], {int(level): nbytes for level, nbytes in measured["caches"].items()}
     links = []
@@ -378,6 +387,9 @@ def draw(measured: dict[str, Any], folder: Path, seen_from: Path) -> list[str]:
             for axis in (above, below):
                 axis.grid(visible=True, which="major", linewidth=0.4, alpha=0.6)
                 axis.legend(frameon=False, fontsize="small")
+                if curve.x[-1] < 10 * curve.x[0]:  # too short for powers of ten
+                    axis.set_xticks(curve.x, [number(x) for x in curve.x])
+                    axis.xaxis.set_minor_locator(NullLocator())
         title = {
             "updates": "One update of the averages", "files": "Averaging files", "epochs": "Training a small network",
         }[kind]  # fmt: skip
