@@ -1,6 +1,6 @@
 """Times an update of averages against what a user would take instead, and against one copy of the model.
 
-Each way runs in a child process of its own; all children of a case are there at once and take turns, round by round.
+Each way runs in a child process of its own; as many as there is memory for take turns, round by round.
 "copies" is the median of the seconds of updates over one numpy.copyto of the model's arrays in the same process and
 round. "first" is the first update, with whatever is built or compiled for it. "lasting" is the anonymous memory
 (RssAnon of /proc/PID/status, sampled every 2 ms) that is there after it beyond that of the model and imports, in MiB,
@@ -240,7 +240,20 @@ class Child:
 
 
 def measure(case: str, count: int, ways: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Runs the ways of a case in turns."""
+    """Runs the ways of a case in turns, as many at once as there is memory for."""
+    each = sum(4 * shape[0] for shape in shapes_of(case)) * (4 + 3 * count) + 500 * MIB
+    at_once = max(1, int(0.7 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / each))
+    rows = [
+        row for k in range(0, len(ways), at_once) for row in measure_some(case, count, ways[k : k + at_once], rounds)
+    ]
+    best = min((row["copies"] for row in rows if row["way"] not in OURS), default=None)
+    for row in rows:
+        row["times_best_rival"] = None if best is None else row["copies"] / best
+    return rows
+
+
+def measure_some(case: str, count: int, ways: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Runs ways in turns."""
     rows: list[dict[str, Any]] = []
     children = {way: Child(way, case, count) for way in ways}
     for way, made in children.items():
@@ -274,9 +287,6 @@ def measure(case: str, count: int, ways: list[str], rounds: int) -> list[dict[st
         made.communicate()
         row["seconds"] = statistics.median(seconds for seconds, _ in row["rounds"])
         row["copies"] = statistics.median(seconds / copy for seconds, copy in row.pop("rounds"))
-    best = min((row["copies"] for row in rows if row["way"] not in OURS), default=None)
-    for row in rows:
-        row["times_best_rival"] = None if best is None else row["copies"] / best
     return rows
 
 
