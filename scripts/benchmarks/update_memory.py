@@ -38,7 +38,7 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
     from streaming_polyak import LINEAR, MEAN, Average, Exponential
     from streaming_polyak.training.accumulators import view
     from streaming_polyak.training.averages import Averages
-    from streaming_polyak.training.kernels import mover
+    from streaming_polyak.training.kernels import kernels
 
     class Bag(keras.Model):
         def __init__(self) -> None:
@@ -49,8 +49,10 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
     model = Bag()
     before = anonymous_bytes("self")
     if unit == "epoch":
+        check, move = kernels(10**9)
         w, m = np.zeros(1, np.float32), np.zeros((1, 1), np.float32)
-        mover(10**9)(w, m, None, np.array([0]), np.ones(1, np.float32))
+        check(w, 1.0)
+        move(w, m, None, 0, np.array([0]), np.ones(1, np.float32))
     numba_bytes = anonymous_bytes("self") - before
     weightings = {"mean": MEAN, "linear": LINEAR, "exponential": Exponential(decay=0.999)}
     averages = Averages(model, {name: Average(weighting, unit=unit) for name, weighting in weightings.items()})

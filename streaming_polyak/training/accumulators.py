@@ -21,7 +21,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from streaming_polyak.schedule import Average
-from streaming_polyak.training.kernels import can_be_averaged, in_threads, mover
+from streaming_polyak.training.kernels import Move, check_blocks, in_threads, kernels
 from streaming_polyak.training.state import Slot, array_of, place, present, variable_slot
 
 Array = NDArray[Any]
@@ -103,10 +103,9 @@ class HostStack:
             dtype, first = dtypes[path], begin[dtypes[path]]
             begin[dtype] += _size(variable)
             self._where[path] = dtype, slice(first, begin[dtype]), tuple(variable.shape)
-        # For each variable m, and e or None, of shape (number of averages, numbers of the variable).
+        # For each variable m, and e or None, of all variables of its dtype, and where it begins there.
         self.parts = [
-            (self.flat_m[dtype][:, part], self.flat_e[dtype][:, part] if self.flat_e else None)
-            for dtype, part, _ in self._where.values()
+            (self.flat_m[dtype], self.flat_e.get(dtype), part.start) for dtype, part, _ in self._where.values()
         ]
 
     def arrays(self, name: str) -> dict[str, dict[str, Array]]:
@@ -211,36 +210,45 @@ class HostAccumulators:
             return None
         weights = Weights(self._values)
         gathered = weights.gathered() if sum(self._sizes) <= _SMALL else None
+        check, move = kernels(sum(self._sizes) * len(due))
         with np.errstate(all="ignore"):
-            if gathered is None or not can_be_averaged(gathered, min(self._limits.values())):
-                for k, (path, limit) in enumerate(self._limits.items()):
-                    if not can_be_averaged(weights[k], limit):
-                        return path
+            quick = gathered is not None and check_blocks(gathered, min(self._limits.values()))
+        if not quick:
+            well = [True] * len(self._sizes)
+
+            def check_part(tensor: int, first: int, end: int) -> None:
+                with np.errstate(all="ignore"):
+                    if not check(weights[tensor][first:end], limits[tensor]):
+                        well[tensor] = False
+
+            limits = list(self._limits.values())
+            in_threads(self._sizes, 1, check_part)
+            if not all(well):
+                return list(self._limits)[well.index(False)]
         for stack in self._stacks:
-            self._move(stack, [name for name in due if name in stack.names], weights, gathered)
+            self._move(stack, [name for name in due if name in stack.names], weights, gathered, move)
         for name in due:
             for path, newest in self._newest[name].items():
                 np.copyto(newest, view(self._variables[path]))
             self._n[name] += 1
         return None
 
-    def _move(self, stack: HostStack, due: list[str], weights: Weights, gathered: Array | None) -> None:
+    def _move(self, stack: HostStack, due: list[str], weights: Weights, gathered: Array | None, move: Move) -> None:
         if not due:
             return
         rows = np.array([stack.names.index(name) for name in due])
         c = np.array([self._averages[name].weighting(self._n[name] + 1) for name in due])
         factors = {dtype: c.astype(dtype) for dtype in stack.flat_m}
-        move = mover(sum(self._sizes) * len(due))
         if gathered is not None and len(stack.flat_m) == 1:
             ((dtype, m),) = stack.flat_m.items()
-            move(gathered, m, stack.flat_e.get(dtype), rows, factors[dtype])
+            move(gathered, m, stack.flat_e.get(dtype), 0, rows, factors[dtype])
             return
 
-        def work(tensor: int, first: int, end: int) -> None:
-            w, (m, e) = weights[tensor], stack.parts[tensor]
-            move(w[first:end], m[:, first:end], None if e is None else e[:, first:end], rows, factors[m.dtype])
+        def move_part(tensor: int, first: int, end: int) -> None:
+            m, e, begin = stack.parts[tensor]
+            move(weights[tensor][first:end], m, e, begin + first, rows, factors[m.dtype])
 
-        in_threads(self._sizes, len(due), work)
+        in_threads(self._sizes, len(due), move_part)
 
     def _arrays(self, name: str) -> dict[str, dict[str, Array]]:
         return next(stack.arrays(name) for stack in self._stacks if name in stack.names)

@@ -27,45 +27,46 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-# w (n,), m (k, n), e (k, n) or None, rows of m to move, their c in the dtype of m
-Move = Callable[[Array, Array, "Array | None", Array, Array], None]
+# w (n,), m (k, at least first + n), e as m or None, first, rows of m to move, their c in the dtype of m
+Move = Callable[[Array, Array, "Array | None", int, Array, Array], None]
+# w (n,), limit
+Check = Callable[[Array, float], bool]
 
 _BLOCK = 2**15  # numbers: with two more arrays of that size in the cache of one core
-_BLAS = (np.dtype("float32"), np.dtype("float64"))  # what BLAS and Numba know
-_LARGE = 2**20  # numbers of all averages from which compiling is worth it, and threads are
+_KNOWN = (np.dtype("float32"), np.dtype("float64"))  # to BLAS and Numba
+_WORTH_COMPILING = 2**19  # numbers of all averages
+_WORTH_THREADS = 2**22
 
 
-def can_be_averaged(w: Array, limit: float) -> bool:
-    """Whether no number of `w` (n,) is NaN, infinite or of a magnitude beyond the limit.
+def kernels(numbers: int) -> tuple[Check, Move]:
+    """Returns how to check weights, and how to move averages that have so many numbers in all."""
+    return (_compiled() if numbers >= _WORTH_COMPILING else None) or (check_blocks, move_blocks)
 
-    The sum of squares is one quick pass; it is finite only if all is well, or too large although all is well. Call it
-    where floating-point errors are ignored.
+
+def check_blocks(w: Array, limit: float) -> bool:
+    """Whether no number of `w` is NaN, infinite or of a magnitude beyond the limit; errors are to be ignored around it.
+
+    The sum of squares is one quick pass; it is finite only if all is well, or too large although all is well.
     """
-    if w.dtype in _BLAS and math.isfinite(np.dot(w, w)):
+    if w.dtype in _KNOWN and math.isfinite(np.dot(w, w)):
         return True
     blocks = (w[lo : lo + _BLOCK] for lo in range(0, w.size, _BLOCK))
     return all(-limit <= float(block.min()) and float(block.max()) <= limit for block in blocks)
 
 
-def mover(numbers: int) -> Move:
-    """Returns the way to move averages that have so many numbers in all."""
-    return (_compiled() if numbers >= _LARGE else None) or move_blocks
-
-
-def move_blocks(w: Array, m: Array, e: Array | None, rows: Array, c: Array) -> None:
-    """Moves rows of `m` by NumPy, block by block; each block of `w` is read and converted once."""
+def move_blocks(w: Array, m: Array, e: Array | None, first: int, rows: Array, c: Array) -> None:
+    """Moves rows of `m` from column `first` on by NumPy; each block of `w` is read and converted once."""
     size = max(1, _BLOCK // len(rows))
-    picked: Any = slice(None) if len(rows) == len(m) else None
     factors = c[:, np.newaxis]
     buffer = np.empty((len(rows), min(size, w.size)), m.dtype)
     for lo in range(0, w.size, size):
         block = w[lo : lo + size].astype(m.dtype, copy=False)
-        y = buffer[:, : block.size]
-        if picked is not None:
-            _move_block(block, m[:, lo : lo + size], None if e is None else e[:, lo : lo + size], factors, y)
+        y, columns = buffer[:, : block.size], slice(first + lo, first + lo + block.size)
+        if len(rows) == len(m):
+            _move_block(block, m[:, columns], None if e is None else e[:, columns], factors, y)
             continue
         for i, j in enumerate(rows.tolist()):
-            part = slice(j, j + 1), slice(lo, lo + size)
+            part = slice(j, j + 1), columns
             _move_block(block, m[part], None if e is None else e[part], factors[i : i + 1], y[i : i + 1])
 
 
@@ -87,26 +88,36 @@ def _move_block(w: Array, m: Array, e: Array | None, c: Array, y: Array) -> None
 
 
 @functools.cache
-def _compiled() -> Move | None:
-    """Returns the way by Numba; `None` where it is not installed."""
+def _compiled() -> tuple[Check, Move] | None:
+    """Returns both by Numba; `None` where it is not installed."""
     try:
         import numba
     except ImportError:
         return None
 
-    def plain(w: Array, m: Array, rows: Array, c: Array) -> None:
+    # Magnitudes of floating-point numbers are in the order of their bits, and NaN comes last; integers are compared
+    # several at once.
+    def largest(bits: Array, mask: int) -> Any:
+        found = bits[0] & mask
+        for i in range(bits.size):
+            found = max(found, bits[i] & mask)
+        return found
+
+    # Columns by slices of whole arrays: what Numba knows to be contiguous it computes several at once.
+    def plain(w: Array, m: Array, first: int, rows: Array, c: Array) -> None:
         for lo in range(0, w.size, 4096):
             block = w[lo : lo + 4096]
             for r in range(rows.size):
-                part, factor = m[rows[r], lo : lo + 4096], c[r]
+                part, factor = m[rows[r], first + lo : first + lo + block.size], c[r]
                 for i in range(block.size):
                     part[i] += factor * (block[i] - part[i])
 
-    def compensated(w: Array, m: Array, e: Array, rows: Array, c: Array) -> None:
+    def compensated(w: Array, m: Array, e: Array, first: int, rows: Array, c: Array) -> None:
         for lo in range(0, w.size, 4096):
             block = w[lo : lo + 4096]
             for r in range(rows.size):
-                part, rest, factor = m[rows[r], lo : lo + 4096], e[rows[r], lo : lo + 4096], c[r]
+                columns = slice(first + lo, first + lo + block.size)
+                part, rest, factor = m[rows[r], columns], e[rows[r], columns], c[r]
                 for i in range(block.size):
                     y = factor * ((block[i] - part[i]) - rest[i]) + rest[i]
                     total = part[i] + y
@@ -115,17 +126,24 @@ def _compiled() -> Move | None:
                     part[i] = total
 
     jit = numba.njit(nogil=True, cache=True)
-    plain, compensated = jit(plain), jit(compensated)
+    largest, plain, compensated = jit(largest), jit(plain), jit(compensated)
 
-    def move(w: Array, m: Array, e: Array | None, rows: Array, c: Array) -> None:
-        if w.dtype not in _BLAS:
-            move_blocks(w, m, e, rows, c)
+    def check(w: Array, limit: float) -> bool:
+        if w.dtype not in _KNOWN or not w.size:
+            return check_blocks(w, limit)
+        integer = np.dtype(f"int{8 * w.itemsize}")
+        bits = largest(w.view(integer), integer.type(np.iinfo(integer).max))
+        return float(np.array(bits, integer).view(w.dtype)) <= limit  # false for NaN
+
+    def move(w: Array, m: Array, e: Array | None, first: int, rows: Array, c: Array) -> None:
+        if w.dtype not in _KNOWN:
+            move_blocks(w, m, e, first, rows, c)
         elif e is None:
-            plain(w, m, rows, c)
+            plain(w, m, first, rows, c)
         else:
-            compensated(w, m, e, rows, c)
+            compensated(w, m, e, first, rows, c)
 
-    return move
+    return check, move
 
 
 def shares(sizes: Sequence[int], count: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -147,7 +165,7 @@ def in_threads(sizes: Sequence[int], averages: int, work: Callable[[int, int, in
         for part in parts:
             work(*part)
 
-    threads = min(8, len(os.sched_getaffinity(0))) if sum(sizes) * averages >= _LARGE else 1
+    threads = min(8, len(os.sched_getaffinity(0))) if sum(sizes) * averages >= _WORTH_THREADS else 1
     if threads == 1:
         several((k, 0, size) for k, size in enumerate(sizes) if size)
         return
