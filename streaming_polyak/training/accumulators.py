@@ -211,15 +211,12 @@ class HostAccumulators:
         weights = Weights(self._values)
         gathered = weights.gathered() if sum(self._sizes) <= _SMALL else None
         check, move = kernels(sum(self._sizes) * len(due))
-        with np.errstate(all="ignore"):
-            quick = gathered is not None and check_blocks(gathered, min(self._limits.values()))
-        if not quick:
+        if gathered is None or not check_blocks(gathered, min(self._limits.values())):
             well = [True] * len(self._sizes)
 
             def check_part(tensor: int, first: int, end: int) -> None:
-                with np.errstate(all="ignore"):
-                    if not check(weights[tensor][first:end], limits[tensor]):
-                        well[tensor] = False
+                if not check(weights[tensor][first:end], limits[tensor]):
+                    well[tensor] = False
 
             limits = list(self._limits.values())
             in_threads(self._sizes, 1, check_part)

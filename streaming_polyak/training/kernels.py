@@ -36,6 +36,7 @@ _BLOCK = 2**15  # numbers: with two more arrays of that size in the cache of one
 _KNOWN = (np.dtype("float32"), np.dtype("float64"))  # to BLAS and Numba
 _WORTH_COMPILING = 2**19  # numbers of all averages
 _WORTH_THREADS = 2**22
+_CALL = 2**16  # numbers of a tensor, on average
 
 
 def kernels(numbers: int) -> tuple[Check, Move]:
@@ -44,14 +45,15 @@ def kernels(numbers: int) -> tuple[Check, Move]:
 
 
 def check_blocks(w: Array, limit: float) -> bool:
-    """Whether no number of `w` is NaN, infinite or of a magnitude beyond the limit; errors are to be ignored around it.
+    """Whether no number of `w` is NaN, infinite or of a magnitude beyond the limit.
 
     The sum of squares is one quick pass; it is finite only if all is well, or too large although all is well.
     """
-    if w.dtype in _KNOWN and math.isfinite(np.dot(w, w)):
-        return True
-    blocks = (w[lo : lo + _BLOCK] for lo in range(0, w.size, _BLOCK))
-    return all(-limit <= float(block.min()) and float(block.max()) <= limit for block in blocks)
+    with np.errstate(all="ignore"):
+        if w.dtype in _KNOWN and math.isfinite(np.dot(w, w)):
+            return True
+        blocks = (w[lo : lo + _BLOCK] for lo in range(0, w.size, _BLOCK))
+        return all(-limit <= float(block.min()) and float(block.max()) <= limit for block in blocks)
 
 
 def move_blocks(w: Array, m: Array, e: Array | None, first: int, rows: Array, c: Array) -> None:
@@ -131,9 +133,8 @@ def _compiled() -> tuple[Check, Move] | None:
     def check(w: Array, limit: float) -> bool:
         if w.dtype not in _KNOWN or not w.size:
             return check_blocks(w, limit)
-        integer = np.dtype(f"int{8 * w.itemsize}")
-        bits = largest(w.view(integer), integer.type(np.iinfo(integer).max))
-        return float(np.array(bits, integer).view(w.dtype)) <= limit  # false for NaN
+        mask, most = _bits(w.dtype, limit)
+        return bool(largest(w.view(mask.dtype), mask) <= most)
 
     def move(w: Array, m: Array, e: Array | None, first: int, rows: Array, c: Array) -> None:
         if w.dtype not in _KNOWN:
@@ -144,6 +145,13 @@ def _compiled() -> tuple[Check, Move] | None:
             compensated(w, m, e, first, rows, c)
 
     return check, move
+
+
+@functools.cache
+def _bits(dtype: np.dtype[Any], limit: float) -> tuple[Any, int]:
+    """Returns the bits of a magnitude, all set, and those of the limit, both as integers."""
+    integer = np.dtype(f"int{8 * dtype.itemsize}")
+    return integer.type(np.iinfo(integer).max), int(np.array(limit, dtype).view(integer))
 
 
 def shares(sizes: Sequence[int], count: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -165,7 +173,9 @@ def in_threads(sizes: Sequence[int], averages: int, work: Callable[[int, int, in
         for part in parts:
             work(*part)
 
-    threads = min(8, len(os.sched_getaffinity(0))) if sum(sizes) * averages >= _WORTH_THREADS else 1
+    # Between calls that take less than some ten microseconds, threads wait for Python's lock more than they work.
+    worth = sum(sizes) * averages >= _WORTH_THREADS and sum(sizes) >= _CALL * len(sizes)
+    threads = min(8, len(os.sched_getaffinity(0))) if worth else 1
     if threads == 1:
         several((k, 0, size) for k, size in enumerate(sizes) if size)
         return
