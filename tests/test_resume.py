@@ -3,12 +3,16 @@
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -166,16 +170,53 @@ def wanted(whole):
 @pytest.mark.parametrize("layers", ["plain", "dropout", "batch norm"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, whole, optimizer, layers, stop):
-    """What a kill in batch `stop` leaves is what was saved before it."""
     wanted, folder = whole(optimizer, layers)
-    (tmp_path / "checkpoints").mkdir()
-    for saved in folder.saved():
-        if saved.step < stop:
-            shutil.copy(saved.path, tmp_path / "checkpoints")
-    assert RunFolder(tmp_path).saved()[-1].step == stop - 1
+    killed_in(stop, folder, tmp_path)
     made = trainer(tmp_path, optimizer, layers)
     fit(made, [StopAt(10**6)], resume="must")
     assert bits(made) == wanted
+
+
+def killed_in(stop, folder, path):
+    """Makes what a kill in batch `stop` leaves: what was saved before it."""
+    (path / "checkpoints").mkdir(parents=True)
+    for saved in folder.saved():
+        if saved.step < stop:
+            shutil.copy(saved.path, path / "checkpoints")
+    assert RunFolder(path).saved()[-1].step == stop - 1
+
+
+_RESUME = """
+import json, sys
+from pathlib import Path
+import test_resume
+for folder, optimizer, layers in json.loads(sys.argv[1]):
+    made = test_resume.trainer(Path(folder), optimizer, layers)
+    test_resume.fit(made, [test_resume.StopAt(10**6)], resume="must")
+    print("bits", test_resume.bits(made))
+"""
+
+
+def test_one_in_ten_resumed_by_a_new_process_has_the_same_bits_too(tmp_path, whole):
+    cases = [
+        ("sgd", "plain", 6),
+        ("momentum", "dropout", 9),
+        ("adam", "batch norm", 11),
+        ("adamw", "dropout", 13),
+        ("adam", "dropout", 9),
+    ]
+    for k, (optimizer, layers, stop) in enumerate(cases):
+        killed_in(stop, whole(optimizer, layers)[1], tmp_path / str(k))
+    folders = [(str(tmp_path / str(k)), *case[:2]) for k, case in enumerate(cases)]
+    run = subprocess.run(
+        [sys.executable, "-c", _RESUME, json.dumps(folders)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = [line.split()[1] for line in run.stdout.splitlines() if line.startswith("bits ")]
+    assert found == [whole(optimizer, layers)[0] for optimizer, layers, _ in cases]
 
 
 def test_many_stops_in_one_run_change_no_bit(tmp_path, wanted):
