@@ -127,7 +127,12 @@ def _compiled() -> tuple[Check, Move] | None:
                     rest[i] = (part[i] - (total - added)) + (y - added)
                     part[i] = total
 
-    jit = numba.njit(nogil=True, cache=True)
+    def jit(function: Any) -> Any:
+        try:
+            return numba.njit(nogil=True, cache=True)(function)
+        except RuntimeError:  # no folder may be written to, so it is compiled in each process
+            return numba.njit(nogil=True)(function)
+
     largest, plain, compensated = jit(largest), jit(plain), jit(compensated)
 
     def check(w: Array, limit: float) -> bool:
