@@ -411,6 +411,12 @@ def test_zeroed_appended_joined_and_exchanged_files_are_passed_over(two):
     assert is_of(two.latest(), 10)
 
 
+def test_a_link_to_nowhere_is_a_damaged_checkpoint(two, caplog):
+    (two.checkpoints_folder / "step-000000000030.safetensors").symlink_to("nowhere")
+    assert is_of(two.latest(), 20)
+    assert "step-000000000030" in caplog.text
+
+
 def test_when_all_are_damaged_that_is_an_error_and_no_fresh_start(two):
     for saved in two.saved():
         saved.path.write_bytes(saved.path.read_bytes()[:-1])

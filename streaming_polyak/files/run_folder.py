@@ -112,7 +112,7 @@ class RunFolder:
                 except CheckpointError as error:
                     # The process that trains has just committed it, or has removed it, as there is a newer one.
                     touched += error.code == "changed"
-                    if not entry.path.exists() or (error.code == "changed" and touched < _TOUCHED):
+                    if not os.path.lexists(entry.path) or (error.code == "changed" and touched < _TOUCHED):
                         break
                     if entry.path not in self._reported:
                         self._reported.add(entry.path)
