@@ -4,7 +4,6 @@ import functools
 import math
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 
@@ -59,22 +58,6 @@ def test_both_ways_give_the_same_bits_as_the_formula(weights, averages, rows, co
     for m, e in ways[:2]:
         assert m.tobytes() == ways[2][0].tobytes()
         assert not compensated or e.tobytes() == ways[2][1].tobytes()
-
-
-def test_where_nothing_compiled_can_be_kept_it_is_compiled_all_the_same(monkeypatch):
-    real = numba.njit
-
-    def njit(**options):
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(**options)
-
-    monkeypatch.setattr(numba, "njit", njit)
-    check, move = kernels._compiled.__wrapped__()
-    m = np.zeros((1, 3), np.float32)
-    move(np.ones(3, np.float32), m, None, 0, np.array([0]), np.array([0.5], np.float32))
-    assert m.tolist() == [[0.5] * 3]
-    assert check(m[0], 1.0)
 
 
 @pytest.mark.parametrize("sizes", [[10, 0, 5], [1], [100, 1, 1, 1, 1000], [7] * 50, [10**6]])

@@ -490,13 +490,19 @@ def test_a_folder_that_is_gone_or_read_only_is_an_error(tmp_path):
         commit(RunFolder(tmp_path / "run"), 10)
 
 
-@pytest.mark.parametrize("how", ["removed", "renamed", "exchanged"])
+@pytest.mark.parametrize("how", ["removed", "renamed", "exchanged", "linked elsewhere"])
 def test_a_folder_that_goes_away_under_a_run_is_told_before_anything_is_written(tmp_path, how):
+    if how == "linked elsewhere":
+        (tmp_path / "first").mkdir()
+        (tmp_path / "run").symlink_to("first")
     folder = RunFolder(tmp_path / "run")
     with folder.lock() as lock:
         commit(folder, 10)
         lock.check()
         os.rename(tmp_path / "run", tmp_path / "elsewhere")
+        if how == "linked elsewhere":
+            (tmp_path / "second").mkdir()
+            (tmp_path / "run").symlink_to("second")
         if how == "removed":
             shutil.rmtree(tmp_path / "elsewhere")
         if how == "exchanged":
@@ -504,7 +510,7 @@ def test_a_folder_that_goes_away_under_a_run_is_told_before_anything_is_written(
             (tmp_path / "run" / "LOCK").touch()
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(
-            FileNotFoundError, match=r"run was removed, renamed or exchanged while the run in it trained"
+            FileNotFoundError, match=r"run \(or LOCK in it\) was removed, renamed or exchanged while the run"
         ):
             lock.check()
         assert sorted(tmp_path.rglob("*")) == before
@@ -578,4 +584,4 @@ def test_readers_get_whole_checkpoints_or_are_told_while_new_ones_come_and_old_o
     assert (run.returncode, result["bad"], run.stderr) == (0, 0, "")
     assert result["counts"]["saves"] > 50
     assert result["counts"]["latest: whole"] > 10
-    assert result["counts"].get("average: whole", 0) + result["counts"].get("average: gone", 0) > 10
+    assert result["counts"]["average: whole"] > 0

@@ -35,7 +35,7 @@ logger = logging.getLogger("streaming_polyak")
 
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
 _LEFT = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]{12}-" + _NAME.pattern)
-_TOUCHED = 10  # times that a checkpoint is found touched while it is read, until it counts as damaged
+_TOUCHED = 100  # times that a checkpoint is found gone or touched while it is read, until it counts as damaged
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RunFolder:
             raise ValueError(f"Expected keep >= 2, as one checkpoint may turn out damaged, got keep={keep}.")
         if keep_every is not None and keep_every < 1:
             raise ValueError(f"Expected keep_every >= 1 or None, got keep_every={keep_every}.")
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the program may change its folder
         self._keep, self._keep_every = keep, keep_every
         self._disk = disk or Disk()
         self._storage = Storage(self._disk)
@@ -111,8 +111,8 @@ class RunFolder:
                     return self.open(entry)
                 except CheckpointError as error:
                     # The process that trains has just committed it, or has removed it, as there is a newer one.
-                    touched += error.code == "changed"
-                    if not os.path.lexists(entry.path) or (error.code == "changed" and touched < _TOUCHED):
+                    touched += error.code in ("missing", "changed")
+                    if error.code in ("missing", "changed") and touched < _TOUCHED:
                         break
                     if entry.path not in self._reported:
                         self._reported.add(entry.path)
@@ -209,7 +209,7 @@ class RunLock:
     def __init__(self, folder: Path, storage: Storage) -> None:
         storage.make_folders(folder)
         self._folder = folder.resolve()
-        path = self._folder / "LOCK"
+        self._path = path = folder.absolute() / "LOCK"  # by which the run writes, though it may be a link
         if _held.get(self._folder) == os.getpid():
             raise RunLockedError(f"{folder} is in use by another run of this process. Let it end first.")
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -235,12 +235,12 @@ class RunLock:
             FileNotFoundError: it was removed, renamed or exchanged.
         """
         try:
-            same = os.path.samestat(os.stat(self._folder / "LOCK"), os.fstat(self._fd))
+            same = os.path.samestat(os.stat(self._path), os.fstat(self._fd))
         except (FileNotFoundError, NotADirectoryError):
             same = False
         if not same:
             raise FileNotFoundError(
-                f"{self._folder} was removed, renamed or exchanged while the run in it trained, so nothing was saved. "
+                f"{self._path.parent} (or LOCK in it) was removed, renamed or exchanged while the run in it trained. "
                 "Bring it back if it is elsewhere, and start the run again: it goes on from its last checkpoint."
             )
 

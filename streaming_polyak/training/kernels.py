@@ -127,12 +127,8 @@ def _compiled() -> tuple[Check, Move] | None:
                     rest[i] = (part[i] - (total - added)) + (y - added)
                     part[i] = total
 
-    def jit(function: Any) -> Any:
-        try:
-            return numba.njit(nogil=True, cache=True)(function)
-        except RuntimeError:  # no folder may be written to, so it is compiled in each process
-            return numba.njit(nogil=True)(function)
-
+    # Not cached on the disk: a full disk, or a file that a power cut left half-written, would end the run.
+    jit = numba.njit(nogil=True)
     largest, plain, compensated = jit(largest), jit(plain), jit(compensated)
 
     def check(w: Array, limit: float) -> bool:

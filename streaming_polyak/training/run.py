@@ -34,7 +34,7 @@ from streaming_polyak.files.tensors import FLOATS
 from streaming_polyak.training.data import Batches
 from streaming_polyak.training.history import History
 from streaming_polyak.training.hooks import Hooks
-from streaming_polyak.training.state import Slot, decode, differences, encode, random_slots
+from streaming_polyak.training.state import Slot, decode, differences, encode, make_keras_generator, random_slots
 
 logger = logging.getLogger("streaming_polyak")
 
@@ -199,6 +199,8 @@ class Run:
         checkpoint = self._resumed
         assert checkpoint is not None
         state = checkpoint.state
+        if "random/keras" in state["slots"] and "random/keras" not in random_slots():
+            make_keras_generator()  # it comes into being when a step that draws from it is traced, which is later
         slots = self._all_slots()
         saved = {name: tensor.describe() for name, tensor in checkpoint.tensors.items() if name in state["slots"]}
         lines = differences(state["signature"], self._signature, "setting")
@@ -286,9 +288,12 @@ class Run:
         def write() -> None:
             self._lock.check()
             checked = [replace(part, read=_finite(part)) for part in parts]
-            self._folder.commit(position.steps, [*checked, *kept], state, save=self._saves + 1)
-            self._saves += 1
-            write_csv(self._folder.path / "history.csv", *history)
+            try:
+                self._folder.commit(position.steps, [*checked, *kept], state, save=self._saves + 1)
+                self._saves += 1
+                write_csv(self._folder.path / "history.csv", *history)
+            finally:
+                self._lock.check()  # if it went away meanwhile, that is the reason
 
         try:
             if self._memory == "high":

@@ -107,6 +107,11 @@ def random_slots() -> dict[str, Slot]:
     return slots
 
 
+def make_keras_generator() -> None:
+    """Lets Keras make its global generator, if nothing has drawn from it yet."""
+    keras.random.uniform(())
+
+
 def _python_state() -> Array:
     version, words, gauss = random.getstate()
     return np.array([version, *words, math.nan if gauss is None else gauss], np.float64)  # words have 32 bits

@@ -367,7 +367,6 @@ class Trainer:
         self, batches: Batches, position: Position, hooks: Hooks, bar: tqdm[Any]
     ) -> tuple[Position, bool, dict[str, Any]]:
         """Makes the steps of an epoch that are not done; returns where it ended, whether none were left, and scores."""
-        scores: Scores | None = None
         if not position.done:
             hooks.call("on_epoch_begin", position.epoch)
             self._reset()
@@ -380,9 +379,12 @@ class Trainer:
             started = time.perf_counter()
             made, scores = self._train_loop(feed, steps)
             seconds = time.perf_counter() - started
-            position = replace(position, done=position.done + made, steps=position.steps + made)
-            if hooks.has_batch_hooks and made:
-                hooks.batch_end(position.done - 1, _plain(scores))
+            if made:
+                # With the scores, as computed anew by a resumed run they would be the same but for the last bit.
+                logs = _plain(scores)
+                position = replace(position, done=position.done + made, steps=position.steps + made, logs=logs)
+                if hooks.has_batch_hooks:
+                    hooks.batch_end(position.done - 1, logs)
             if made == self._steps_a_call:
                 # Twice as many at the most, so that one quick call does not lead to a very long one.
                 self._steps_a_call = max(1, min(2 * steps, int(steps * _CALL_SECONDS / max(seconds, 1e-9))))
@@ -392,7 +394,7 @@ class Trainer:
             if self._run is not None and not self.model.stop_training:
                 self._run.after_steps(position)
         self._report(self._built_averages().check_steps)
-        return position, not feed.more(), _plain(self._scores() if scores is None else scores)
+        return position, not feed.more(), dict(position.logs) if position.done else _plain(self._scores())
 
     def _slots(self) -> dict[str, Slot]:
         """Returns all tensors that the training consists of."""
