@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from measuring import ChildFailedError, caches, child, machine, seconds_of, watch
+from measuring import ChildFailedError, caches, child, machine, model_of_vectors, seconds_of, watch
 
 ROOT = Path(__file__).parents[2]
 UPDATES, FILES, EPOCHS = "updates", "files", "epochs"
@@ -47,18 +47,10 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 
 def update(parameters: int, tensors: int, averages: int) -> dict[str, Any]:
     """Builds a model of vectors and its averages, and updates them until the median stands."""
-    import keras
-
     from streaming_polyak import LINEAR, MEAN, Average, Exponential
     from streaming_polyak.training.averages import Averages
 
-    class Bag(keras.Model):
-        def __init__(self) -> None:
-            super().__init__()
-            for i in range(tensors):
-                self.add_weight(shape=(parameters // tensors,), initializer="random_normal", name=f"w{i}")
-
-    model = Bag()
+    model = model_of_vectors(parameters, tensors)
     kinds = (MEAN, LINEAR, Exponential(decay=0.999))
     running = Averages(model, {f"average{i}": Average(kinds[i % len(kinds)]) for i in range(averages)})
     seconds: list[float] = []

@@ -133,6 +133,19 @@ def child(work: Callable[[], dict[str, Any]], modules: Iterable[str] = ()) -> No
     print(json.dumps(answer), flush=True)
 
 
+def model_of_vectors(parameters: int, tensors: int) -> Any:
+    """Returns a Keras model that is only its variables: so many parameters in vectors of one length."""
+    import keras
+
+    class Bag(keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            for i in range(tensors):
+                self.add_weight(shape=(parameters // tensors,), initializer="random_normal", name=f"w{i}")
+
+    return Bag()
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     """Returns how long a call takes."""
     started = time.perf_counter()

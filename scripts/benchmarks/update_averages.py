@@ -26,34 +26,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from measuring import MIB, SAMPLE_SECONDS, memory, model_of_vectors
 from tabulate import tabulate
 
-MIB = 2**20
-SAMPLE_SECONDS = 0.002
 CASES = ("1e4x20", "1e6x20", "1e7x1000", "1e8x20")
 STEP_CASES = ("1e6", "1e7")
 DECAYS = (0.999, 0.99, 0.9)
 ROUND_SECONDS = 0.3  # of updates in a round, at least three
 
 Update = Callable[[], Any]
-
-
-def keras_model(shapes: list[tuple[int, ...]]) -> Any:
-    """Returns a Keras model that is only its variables."""
-    import keras
-
-    class Bag(keras.Model):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            for i, shape in enumerate(shapes):
-                self.add_weight(shape=shape, initializer="random_normal", name=f"w{i}")
-
-    return Bag()
 
 
 def ours(model: Any, count: int, **options: Any) -> Update:
@@ -186,7 +171,7 @@ def child(way: str, case: str, count: int) -> None:
     if way in ON_KERAS:
         import tensorflow  # noqa: F401
 
-        model = keras_model(shapes)
+        model = model_of_vectors(sum(size for (size,) in shapes), len(shapes))
     sources = [np.ones(shape, np.float32) for shape in shapes]
     targets = [np.zeros(shape, np.float32) for shape in shapes]
     print("imported", flush=True)
@@ -219,8 +204,7 @@ class Child:
 
     def anonymous(self) -> int:
         """Returns its anonymous memory in bytes."""
-        rows = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(row.split()[1]) * 1024 for row in rows if row.startswith("RssAnon:"))
+        return memory(self.process.pid)[0]
 
     def read(self) -> str:
         """Returns the next line, sampling memory until it is there."""

@@ -22,10 +22,8 @@ import sys
 import time
 
 import click
+from measuring import MIB, SAMPLE_SECONDS, memory, model_of_vectors
 from tabulate import tabulate
-
-MIB = 2**20
-SAMPLE_SECONDS = 0.002
 
 
 def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
@@ -40,20 +38,14 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
     from streaming_polyak.training.averages import Averages
     from streaming_polyak.training.kernels import kernels
 
-    class Bag(keras.Model):
-        def __init__(self) -> None:
-            super().__init__()
-            for i in range(tensors):
-                self.add_weight(shape=(parameters // tensors,), initializer="random_normal", name=f"w{i}")
-
-    model = Bag()
-    before = anonymous_bytes("self")
+    model = model_of_vectors(parameters, tensors)
+    before = anonymous_bytes(os.getpid())
     if unit == "epoch":
         check, move = kernels(10**9)
         w, m = np.zeros(1, np.float32), np.zeros((1, 1), np.float32)
         check(w, 1.0)
         move(w, m, None, 0, np.array([0]), np.ones(1, np.float32))
-    numba_bytes = anonymous_bytes("self") - before
+    numba_bytes = anonymous_bytes(os.getpid()) - before
     weightings = {"mean": MEAN, "linear": LINEAR, "exponential": Exponential(decay=0.999)}
     averages = Averages(model, {name: Average(weighting, unit=unit) for name, weighting in weightings.items()})
     compiled = tf.function(averages.step_update, autograph=False) if unit == "step" else None
@@ -99,10 +91,9 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
     )
 
 
-def anonymous_bytes(pid: int | str) -> int:
+def anonymous_bytes(pid: int) -> int:
     """Returns the anonymous resident memory of a process."""
-    with open(f"/proc/{pid}/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+    return memory(pid)[0]
 
 
 def measure(parameters: int, tensors: int, unit: str, repeats: int) -> dict[str, object]:
