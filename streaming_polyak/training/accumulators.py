@@ -199,13 +199,17 @@ class HostAccumulators:
                     slots[f"{name}/{kind}/{place(k, path)}"] = slot
         return slots
 
+    def due(self, epoch: int) -> list[str]:
+        """Returns the names of the averages that `update` would take the weights after `epoch` into."""
+        return [name for name, average in self._averages.items() if average.due(epoch)]
+
     def update(self, epoch: int) -> str | None:
         """Takes the weights after `epoch` into every average that is due.
 
         Returns:
             The path of the first tensor with NaN or infinity, in which case no average has changed; else None.
         """
-        due = [name for name, average in self._averages.items() if average.due(epoch)]
+        due = self.due(epoch)
         if not due:
             return None
         weights = Weights(self._values)

@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from streaming_polyak.errors import NonFiniteError, SwapError
 from streaming_polyak.schedule import Average
 from streaming_polyak.training.accumulators import Array, GraphAccumulators, HostAccumulators, is_averaged, view
-from streaming_polyak.training.state import Slot, present
+from streaming_polyak.training.state import Slot, present, put
 
 logger = logging.getLogger("streaming_polyak")
 
@@ -47,6 +46,7 @@ class Averages:
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
         self._variables = variables_by_path(model) if averages else {}
+        self._dtypes = {path: view(variable).dtype for path, variable in self._variables.items()}
         self._host = HostAccumulators({k: a for k, a in averages.items() if a.unit == "epoch"}, self._variables)
         steps = {k: a for k, a in averages.items() if a.unit == "step"}
         self._graph = GraphAccumulators(steps, self._variables) if steps else None
@@ -93,6 +93,10 @@ class Averages:
         if name not in self._where:
             raise ValueError(f"Expected an average of {list(self._where)}, got {name!r}.")
         return self._where[name].count(name)
+
+    def due(self, epoch: int) -> bool:
+        """Whether an average of epochs takes the weights after `epoch`."""
+        return bool(self._host.due(epoch))
 
     def update_epoch(self, epoch: int, step: int) -> None:
         """Takes the weights after `epoch` into all averages of epochs that are due; `step` is for the message.
@@ -143,9 +147,8 @@ class Averages:
             self._in_model = name
             try:
                 for path, value in self._where[name].values(name).items():
-                    variable = self._variables[path]
                     # A copy: the variable must not get hold of the accumulator's memory.
-                    variable.assign(np.array(value, dtype=view(variable).dtype))
+                    put(self._variables[path].value, np.array(value, dtype=self._dtypes[path]))
                 yield
             finally:
                 self._in_model = None
@@ -202,12 +205,12 @@ def variables_by_path(model: keras.Model) -> dict[str, keras.Variable]:
 @contextmanager
 def unchanged(variables: Any) -> Iterator[None]:
     """Restores the values of Keras variables afterwards, bit for bit; costs memory only for those that change."""
-    before: list[tuple[keras.Variable, tf.Tensor]] = [(v, present(v.value)) for v in variables]
+    before = [(variable.value, present(variable.value)) for variable in variables]
     try:
         yield
     finally:
         for variable, value in before:
-            variable.assign(value)
+            put(variable, value)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from streaming_polyak.training.datasets import DatasetBatches, IteratorFeed, as_tuple
 
 CHUNK_BYTES = 16 * 2**20
+_KEPT_BYTES = 2**20  # of rows that are never shuffled: held as tensors, for many evaluations of them
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
@@ -65,17 +66,47 @@ class Batches(Protocol):
         """Goes to where `state` was; the next call of `epoch` has the `epoch` and `done` of that time."""
 
 
-class RowFeed:
-    """Rows of arrays in a given order, handed out as chunks of whole batches."""
+class RowKind:
+    """What batches of rows look like.
 
-    def __init__(self, data: Any, order: NDArray[np.int64] | None, rows: int, batch_size: int, done: int = 0) -> None:
-        self.batch_size = batch_size
+    Args:
+        batch_size: rows a batch, but for the last of an epoch.
+        specs: (x,), (x, y) or (x, y, sample_weight) of tf.TensorSpec, batch axis None.
+    """
+
+    def __init__(self, batch_size: int, specs: Any) -> None:
+        self.batch_size, self.specs = batch_size, specs
+        self.name = f"{batch_size} {specs}"
+
+
+class RowFeed:
+    """Rows of arrays in a given order, handed out as chunks of whole batches.
+
+    Args:
+        data: the arrays.
+        order: of the rows; `None` as they are.
+        rows: how many of them.
+        kind: of the batches.
+        done: how many batches are left out at the beginning.
+        whole: all rows in order as tensors, if they are at hand.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        order: NDArray[np.int64] | None,
+        rows: int,
+        kind: RowKind,
+        done: int = 0,
+        whole: Any = None,
+    ) -> None:
+        self.kind = kind
         self._data, self._order, self._rows = data, order, rows
-        self._next = min(done * batch_size, rows)  # the first row that was not handed out
-        self._chunk: Any = None
-        self._chunk_first = self._chunk_end = 0
+        self._next = min(done * kind.batch_size, rows)  # the first row that was not handed out
+        self._chunk = whole
+        self._chunk_first, self._chunk_end = 0, 0 if whole is None else rows
         row_bytes = sum(a.nbytes // max(1, len(a)) for a in keras.tree.flatten(data))
-        self._chunk_rows = batch_size * max(1, CHUNK_BYTES // max(1, row_bytes * batch_size))
+        self._chunk_rows = kind.batch_size * max(1, CHUNK_BYTES // max(1, row_bytes * kind.batch_size))
 
     def more(self) -> bool:
         """Whether rows are left."""
@@ -95,9 +126,10 @@ class RowFeed:
             if self._order is not None:
                 rows = self._order[rows]
             self._chunk = keras.tree.map_structure(lambda a: _tensor(a[rows]), self._data)
-        first = (self._next - self._chunk_first) // self.batch_size
-        end = min(first + steps, -(-(self._chunk_end - self._chunk_first) // self.batch_size))
-        self._next = min(self._chunk_first + end * self.batch_size, self._chunk_end)
+        size = self.kind.batch_size
+        first = (self._next - self._chunk_first) // size
+        end = min(first + steps, -(-(self._chunk_end - self._chunk_first) // size))
+        self._next = min(self._chunk_first + end * size, self._chunk_end)
         return self._chunk, first, end
 
 
@@ -137,7 +169,7 @@ class ArrayBatches(_ByNumber):
                 f"Expected arrays with the same number of rows, at least one, got lengths {lengths}. "
                 "Pass x, y and sample_weight with one row a sample each."
             )
-        self._batch_size, self._seed, self._rows = batch_size, seed, lengths[0]
+        self._seed, self._rows = seed, lengths[0]
         available = -(-self._rows // batch_size)
         if steps is not None and steps > available:
             raise ValueError(
@@ -145,16 +177,19 @@ class ArrayBatches(_ByNumber):
                 f"steps_per_epoch={steps}. Leave it out to use all rows in each epoch."
             )
         self.steps: int | None = steps or available
+        self._kind = RowKind(batch_size, keras.tree.map_structure(_spec, self._data))
+        few = seed is None and sum(leaf.nbytes for leaf in keras.tree.flatten(self._data)) <= _KEPT_BYTES
+        self._whole = keras.tree.map_structure(_tensor, self._data) if few else None
 
     def epoch(self, epoch: int, done: int = 0) -> RowFeed:
         """Returns a feed of the batches of `epoch`."""
         order = None if self._seed is None else epoch_order(self._seed, epoch, self._rows)
-        rows = min(self._rows, (self.steps or 0) * self._batch_size)
-        return RowFeed(self._data, order, rows, self._batch_size, done)
+        rows = min(self._rows, (self.steps or 0) * self._kind.batch_size)
+        return RowFeed(self._data, order, rows, self._kind, done, self._whole)
 
     def specs(self) -> Any:
         """Returns what a batch looks like."""
-        return keras.tree.map_structure(lambda a: tf.TensorSpec([None, *a.shape[1:]], _tensor(a[:1]).dtype), self._data)
+        return self._kind.specs
 
     def end_epoch(self) -> None:
         """Does nothing: the next order needs no state."""
@@ -164,7 +199,7 @@ class ArrayBatches(_ByNumber):
         return {
             "kind": "arrays",
             "rows": self._rows,
-            "batch_size": self._batch_size,
+            "batch_size": self._kind.batch_size,
             "steps_per_epoch": self.steps,
             "shuffle": self._seed is not None,
         }
@@ -290,6 +325,10 @@ def _plain(leaf: Any) -> NDArray[Any]:
     """An array with floats in Keras' `floatx`, as `Model.fit` has them."""
     array: NDArray[Any] = np.asarray(leaf)
     return array.astype(keras.config.floatx()) if np.issubdtype(array.dtype, np.floating) else array
+
+
+def _spec(array: NDArray[Any]) -> tf.TensorSpec:
+    return tf.TensorSpec([None, *array.shape[1:]], _tensor(array[:1]).dtype)
 
 
 def _spec_of_both(a: NDArray[Any], b: NDArray[Any]) -> tf.TensorSpec:

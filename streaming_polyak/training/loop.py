@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import keras
 import tensorflow as tf
 
+from streaming_polyak.training.compiled import Compiled
 from streaming_polyak.training.data import Feed, RowFeed
 from streaming_polyak.training.datasets import IteratorFeed
 
@@ -29,16 +30,24 @@ class Loop:
         scores: reads them; it is compiled with the steps, as that costs a tenth of as many calls from Python.
         jit_compile: compile the step with XLA.
         run_eagerly: compile nothing, so that the step can be looked into with a debugger.
+        one_thread: run steps over rows in one thread, see `Compiled`.
     """
 
     def __init__(
-        self, step: Step, scores: Callable[[], Scores], *, jit_compile: bool = False, run_eagerly: bool = False
+        self,
+        step: Step,
+        scores: Callable[[], Scores],
+        *,
+        jit_compile: bool = False,
+        run_eagerly: bool = False,
+        one_thread: bool = False,
     ) -> None:
         self._step = tf.function(step, jit_compile=True, autograph=False) if jit_compile else step
         self._scores = scores
         self._eager = run_eagerly
-        self._functions: list[Any] = []
-        self._compiled: dict[str, Any] = {}
+        self._one_thread = one_thread
+        self._over_rows: dict[str, Compiled] = {}
+        self._over_iterator = tf.function(self._iterate, autograph=False, reduce_retracing=True)
 
     def __call__(self, feed: Feed, steps: int) -> tuple[int, Scores]:
         """Makes up to `steps` steps on batches of `feed`.
@@ -49,11 +58,11 @@ class Loop:
         """
         if isinstance(feed, RowFeed):
             rows, first, end = feed.take(steps)
-            scores = self._over_rows(rows, feed.batch_size)(rows, _count(first), _count(end))
-            return end - first, scores
+            function = self._iterate_rows(feed.kind.batch_size) if self._eager else self._compiled(feed)
+            return end - first, function(rows, _count(first), _count(end))
         assert isinstance(feed, IteratorFeed)
         iterator, asked = feed.take(steps)
-        counted, scores = self._over_iterator()(iterator, _count(asked))
+        counted, scores = (self._iterate if self._eager else self._over_iterator)(iterator, _count(asked))
         made = int(counted)
         feed.took(asked, made)
         return made, scores
@@ -61,12 +70,17 @@ class Loop:
     @property
     def traces(self) -> int:
         """How many times a function was traced; it does not grow from epoch to epoch."""
-        return sum(function.experimental_get_tracing_count() for function in self._functions)
+        return len(self._over_rows) + int(self._over_iterator.experimental_get_tracing_count())
 
-    def _over_rows(self, rows: Any, batch_size: int) -> Any:
-        specs = keras.tree.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), rows)
+    def _compiled(self, feed: RowFeed) -> Compiled:
+        kind = feed.kind
+        if kind.name not in self._over_rows:
+            function, count = self._iterate_rows(kind.batch_size), tf.TensorSpec([], tf.int64)
+            self._over_rows[kind.name] = Compiled(function, kind.specs, count, count, one_thread=self._one_thread)
+        return self._over_rows[kind.name]
 
-        def over_rows(rows: Any, first: tf.Tensor, end: tf.Tensor) -> Scores:
+    def _iterate_rows(self, batch_size: int) -> Callable[..., Scores]:
+        def iterate(rows: Any, first: tf.Tensor, end: tf.Tensor) -> Scores:
             def body(i: tf.Tensor) -> tuple[tf.Tensor]:
                 start = i * batch_size
                 self._step(keras.tree.map_structure(lambda t: t[start : start + batch_size], rows))
@@ -75,25 +89,7 @@ class Loop:
             tf.while_loop(lambda i: i < end, body, (first,), parallel_iterations=1)
             return self._scores()
 
-        if self._eager:
-            return over_rows
-        key = f"{batch_size} {specs}"
-        if key not in self._compiled:
-            # Called as a concrete function, which costs 0.16 ms where a tf.function that looks for one costs 0.35.
-            count = tf.TensorSpec([], tf.int64)
-            self._compiled[key] = self._function(over_rows).get_concrete_function(specs, count, count)
-        return self._compiled[key]
-
-    def _over_iterator(self) -> Any:
-        if self._eager:
-            return self._iterate
-        if "iterator" not in self._compiled:
-            self._compiled["iterator"] = self._function(self._iterate)
-        return self._compiled["iterator"]
-
-    def _function(self, function: Any) -> Any:
-        self._functions.append(tf.function(function, autograph=False, reduce_retracing=True))
-        return self._functions[-1]
+        return iterate
 
     def _iterate(self, iterator: Any, steps: tf.Tensor) -> tuple[tf.Tensor, Scores]:
         def body(made: tf.Tensor, more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -169,6 +165,7 @@ def loss_of(model: keras.Model, *, training: bool) -> Callable[..., tf.Tensor]:
     return cast(Callable[..., tf.Tensor], model.compute_loss)
 
 
+@lru_cache(maxsize=256)  # to make one takes longer than an operation of a small model
 def _count(steps: int) -> tf.Tensor:
     return tf.constant(steps, tf.int64)
 

@@ -30,10 +30,11 @@ from streaming_polyak.training.hooks import Hooks, scored_name
 from streaming_polyak.training.loop import Loop, Scores, evaluation_step, loss_of, train_step
 from streaming_polyak.training.run import Position, Resume, Run, SaveEvery
 from streaming_polyak.training.saving import MemberFiles, save
-from streaming_polyak.training.state import Slot, present, variable_slots
+from streaming_polyak.training.state import Slot, present, put, variable_slots
 
 logger = logging.getLogger("streaming_polyak")
 
+_SMALL = 10_000  # parameters of a model whose steps run in one thread, see `Compiled`
 _CALL_SECONDS = 0.5  # of compiled steps between two looks at the clock, the bar and Ctrl-C
 _EVALUATION_STEPS = 128  # in one call, without a look at the clock
 
@@ -419,8 +420,9 @@ class Trainer:
         }
 
     def _average(self, epoch: int) -> None:
-        step = int(self.model.optimizer.iterations) - 1  # the last one, counted from 0
-        self._report(lambda: self._built_averages().update_epoch(epoch, step))
+        if self._built_averages().due(epoch):
+            step = int(self.model.optimizer.iterations) - 1  # the last one, counted from 0
+            self._report(lambda: self._built_averages().update_epoch(epoch, step))
 
     def _report(self, check: Any) -> None:
         """Lets a `NonFiniteError` pass, unless a callback has stopped the training already, for the same reason."""
@@ -456,7 +458,7 @@ class Trainer:
             self._loss.reset_state()
             return
         for variable, value in self._at_reset:
-            tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+            put(variable, value)
 
     def _scores(self) -> Scores:
         """Returns the loss and the metrics as they are now; also a part of the compiled loops."""
@@ -494,7 +496,10 @@ class Trainer:
             # By Keras' own methods a reset takes 0.4 ms, as long as two steps of a small model.
             metrics = [self._loss, *model.metrics]
             self._at_reset = [(v.value, present(v.value)) for metric in metrics for v in metric.variables]
-        options = {"jit_compile": model.jit_compile, "run_eagerly": model.run_eagerly}
+        small = model.count_params() < _SMALL and len(tf.config.list_logical_devices()) == 1
+        # XLA's step and the condition of an average of steps are calls of functions.
+        one_thread = small and not model.jit_compile and self._state.step_update is None
+        options = {"jit_compile": model.jit_compile, "run_eagerly": model.run_eagerly, "one_thread": one_thread}
         self._train_loop = Loop(train_step(model, self._loss, self._state.step_update), self._scores, **options)
         self._evaluation_loop = Loop(evaluation_step(model, self._loss), self._scores, **options)
         self._made_for = made_for
