@@ -1,6 +1,5 @@
 """What an update does to arrays: NumPy's way against Numba's, to the bit, and both against exact sums."""
 
-import functools
 import math
 
 import ml_dtypes
@@ -13,11 +12,24 @@ from streaming_polyak.training import kernels
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-@functools.cache
-def compiled():
-    check, move = kernels.kernels(10**9)
-    assert move is not kernels.move_blocks  # Numba is there
-    return check, move
+class ByNumba:
+    """Both functions for one tensor, by Numba."""
+
+    def __init__(self, w):
+        self.kernel = kernels.Kernel([w.size], [w.dtype], 10**9 // max(1, w.size))
+        self.kernel._threads = list(kernels.shares([w.size], [w.dtype], 1))
+        assert self.kernel._compiled or not w.size  # Numba is there
+        self.weights = self.kernel.weights([w])
+
+    @staticmethod
+    def check(w, limit):
+        self = ByNumba(w)
+        return self.kernel.check(self.weights, lambda dtype: limit) is None
+
+    @staticmethod
+    def move(w, m, e, first, rows, c):
+        self = ByNumba(w)
+        self.kernel.move(self.weights, m, e, np.array([first]), rows, c)
 
 
 @pytest.mark.parametrize("compensated", [False, True], ids=["plain", "compensated"])
@@ -43,8 +55,8 @@ def test_both_ways_give_the_same_bits_as_the_formula(weights, averages, rows, co
         w.setflags(write=False)
         kernels.move_blocks(w[:50], *ways[0], 0, np.array(rows), c)
         kernels.move_blocks(w[50:], *ways[0], 50, np.array(rows), c)
-        compiled()[1](w[:7], *ways[1], 0, np.array(rows), c)
-        compiled()[1](w[7:], *ways[1], 7, np.array(rows), c)
+        ByNumba.move(w[:7], *ways[1], 0, np.array(rows), c)
+        ByNumba.move(w[7:], *ways[1], 7, np.array(rows), c)
         m, e = ways[2]
         for j, factor in zip(rows, c, strict=True):
             wide, before = w.astype(averages), m[j].copy()
@@ -63,18 +75,49 @@ def test_both_ways_give_the_same_bits_as_the_formula(weights, averages, rows, co
 @pytest.mark.parametrize("sizes", [[10, 0, 5], [1], [100, 1, 1, 1, 1000], [7] * 50, [10**6]])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_shares_are_all_numbers_once_and_about_as_many_each(sizes, count):
-    found = [list(share) for share in kernels.shares(sizes, count)]
-    numbers = [(k, i) for share in found for k, first, end in share for i in range(first, end)]
+    dtypes = [np.dtype(("f4", "f8")[k % 2]) for k in range(len(sizes))]
+    threads = list(kernels.shares(sizes, dtypes, count))
+    parts = [[(share.dtype, *part) for share in thread for part in share.parts()] for thread in threads]
+    numbers = [(k, i) for thread in parts for _, k, numbers in thread for i in range(numbers.start, numbers.stop)]
     assert sorted(numbers) == [(k, i) for k, size in enumerate(sizes) for i in range(size)]
-    each = [sum(end - first for _, first, end in share) for share in found]
-    assert max(each) - min(each) <= 32 or count > len(found) or sum(sizes) < 16 * count
+    assert all(dtype == dtypes[k] for thread in parts for dtype, k, _ in thread)
+    each = [sum(numbers.stop - numbers.start for _, _, numbers in thread) for thread in parts]
+    assert max(each) - min(each) <= 32 or count > len(threads) or sum(sizes) < 16 * count
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_tensors_of_several_dtypes_are_checked_and_moved_as_one_by_one(numba, threads, monkeypatch):
+    rng = np.random.default_rng(3)
+    shapes = [(3, 5), (0,), (40_000,), (7,), (200, 100), (1,), (33, 2)] * 4
+    kinds = [("float32", "float64", "bfloat16")[k % 3] for k in range(len(shapes))]
+    tensors = [rng.normal(size=shape).astype(DTYPES[kind]) for shape, kind in zip(shapes, kinds, strict=True)]
+    sizes, dtypes = [w.size for w in tensors], [w.dtype for w in tensors]
+    kernel = kernels.Kernel(sizes, dtypes, 10**9 if numba else 1)
+    kernel._threads = list(kernels.shares(sizes, dtypes, threads))
+    assert bool(kernel._compiled) is numba
+    here = np.array([dtype != np.float64 for dtype in dtypes])
+    columns = np.where(here, np.cumsum([0, *np.where(here, sizes, 0)])[:-1], -1)
+    start = rng.normal(size=(2, int(np.where(here, sizes, 0).sum()))).astype(np.float32)
+    ways, rows, c = [(start.copy(), np.zeros_like(start)) for _ in range(2)], np.array([0, 1]), np.float32([0.1, 0.7])
+    kernel.move(kernel.weights(tensors), *ways[0], columns, rows, c)
+    for w, column in zip(tensors, columns, strict=True):
+        if column >= 0:
+            kernels.move_blocks(w.ravel(), *ways[1], int(column), rows, c)
+    for a, b in zip(*ways, strict=True):
+        assert a.tobytes() == b.tobytes()
+    assert start.tobytes() != ways[0][0].tobytes()
+    assert kernel.check(kernel.weights(tensors), lambda dtype: 1e30) is None
+    for k in (26, 18, 4):  # the first of those that are bad is named
+        tensors[k].reshape(-1)[-1] = np.nan
+        assert kernel.check(kernel.weights(tensors), lambda dtype: 1e30) == k
 
 
 @pytest.mark.parametrize("way", ["NumPy", "Numba"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_one_bad_number_is_seen_anywhere_and_large_ones_are_not_bad(dtype, bad, way):
-    check = kernels.check_blocks if way == "NumPy" else compiled()[0]
+    check = kernels.check_blocks if way == "NumPy" else ByNumba.check
     limit = float(ml_dtypes.finfo(DTYPES[dtype]).max) / 2
     w = np.full(2 * kernels._BLOCK + 3, -0.9 * limit).astype(DTYPES[dtype])
     with np.errstate(all="ignore"):
@@ -104,11 +147,13 @@ def test_after_a_million_updates_the_compensated_averages_are_exact_and_plain_on
     rows = np.arange(3)
     plain, wide, m = (np.zeros((3, 6), dtype) for dtype in (np.float32, np.float64, np.float32))
     e, c32 = np.zeros_like(m), c.astype(np.float32)
-    _, move = compiled()
+    _, move = kernels._compiled()
+    ((share,),) = kernels.shares([6], [members.dtype], 1)
+    addresses, first = members.ctypes.data + members.strides[0] * np.arange(updates), np.array([0])
     for k in range(updates):
-        move(members[k], plain, None, 0, rows, c32[k])
-        move(members[k], m, e, 0, rows, c32[k])
-        move(members[k], wide, None, 0, rows, c[k])
+        move(addresses[k : k + 1], share, plain, None, first, rows, c32[k])
+        move(addresses[k : k + 1], share, m, e, first, rows, c32[k])
+        move(addresses[k : k + 1], share, wide, None, first, rows, c[k])
     raw = [np.ones(updates), n.astype(np.float64), decay ** (updates - n.astype(np.float64))]
     for j, weights in enumerate(raw):
         for i, column in enumerate(members.T.astype(np.float64)):

@@ -10,7 +10,7 @@ pass that lets nothing through that is not finite:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from streaming_polyak.schedule import Average
-from streaming_polyak.training.kernels import Move, check_blocks, in_threads, kernels
+from streaming_polyak.training.compiled import Reader
+from streaming_polyak.training.kernels import Kernel, Weights, check_blocks, move_blocks
 from streaming_polyak.training.state import Slot, array_of, place, present, variable_slot
 
 Array = NDArray[Any]
@@ -103,10 +104,11 @@ class HostStack:
             dtype, first = dtypes[path], begin[dtypes[path]]
             begin[dtype] += _size(variable)
             self._where[path] = dtype, slice(first, begin[dtype]), tuple(variable.shape)
-        # For each variable m, and e or None, of all variables of its dtype, and where it begins there.
-        self.parts = [
-            (self.flat_m[dtype], self.flat_e.get(dtype), part.start) for dtype, part, _ in self._where.values()
-        ]
+        # Where each variable begins in the arrays of its dtype.
+        self.columns = {
+            dtype: np.array([part.start if of == dtype else -1 for of, part, _ in self._where.values()], np.int64)
+            for dtype in sizes
+        }
 
     def arrays(self, name: str) -> dict[str, dict[str, Array]]:
         """Returns what an average consists of: "m" and, if it is compensated, "e", each by path."""
@@ -118,29 +120,21 @@ class HostStack:
         }
 
 
-class Weights:
-    """The present values of variables as arrays (n,): on a CPU the variables' own memory, else copies, one at a time.
+class Copies(Sequence[Array]):
+    """The values of tensors on another device as arrays, one at a time.
 
     Args:
-        variables: of any shapes.
+        tensors: of any shapes.
     """
 
-    def __init__(self, variables: list[tf.Variable]) -> None:
-        self._tensors = [present(variable) for variable in variables]
-        here = all("CPU:" in tensor.device for tensor in self._tensors[:1])
-        self._arrays = [self._array(tensor) for tensor in self._tensors] if here else None
+    def __init__(self, tensors: Sequence[tf.Tensor]) -> None:
+        self._tensors = tensors
 
-    def __getitem__(self, k: int) -> Array:
-        return self._array(self._tensors[k]) if self._arrays is None else self._arrays[k]
+    def __len__(self) -> int:
+        return len(self._tensors)
 
-    def gathered(self) -> Array | None:
-        """Returns a copy of all in one array; `None` if they have several dtypes."""
-        dtypes = {tensor.dtype for tensor in self._tensors}
-        return np.concatenate([self[k] for k in range(len(self._tensors))]) if len(dtypes) == 1 else None
-
-    @staticmethod
-    def _array(tensor: tf.Tensor) -> Array:
-        return array_of(tensor).reshape(-1)
+    def __getitem__(self, k: Any) -> Any:
+        return array_of(self._tensors[k])
 
 
 class HostAccumulators:
@@ -157,14 +151,16 @@ class HostAccumulators:
         self._averages, self._variables = dict(averages), variables
         self._n = dict.fromkeys(averages, 0)
         self._floats = {path: v for path, v in variables.items() if is_averaged(v)}
-        self._limits = {path: largest(v) for path, v in self._floats.items()}
+        self._limits = {view(v).dtype: largest(v) for v in self._floats.values()}
         self._stacks = [HostStack(p, names, self._floats) for p, names in Precision.groups(averages).items()]
         self._newest = {
             name: {path: view(v).copy() for path, v in variables.items() if path not in self._floats}
             for name in averages
         }
-        self._values = [v.value for v in self._floats.values()]
-        self._sizes = [_size(v) for v in self._floats.values()]
+        self._reader = Reader([v.value for v in self._floats.values()])
+        sizes, dtypes = [_size(v) for v in self._floats.values()], [view(v).dtype for v in self._floats.values()]
+        self._kernel = Kernel(sizes, dtypes, len(averages))
+        self._gathers = 0 < sum(sizes) <= _SMALL and len({*dtypes}) == 1
 
     def count(self, name: str) -> int:
         """Returns n, the number of members in the average."""
@@ -212,44 +208,33 @@ class HostAccumulators:
         due = self.due(epoch)
         if not due:
             return None
-        weights = Weights(self._values)
-        gathered = weights.gathered() if sum(self._sizes) <= _SMALL else None
-        check, move = kernels(sum(self._sizes) * len(due))
+        tensors = self._reader()
+        here = "CPU:" in tensors[0].device if tensors else True
+        arrays: Sequence[Array] = [array_of(t) for t in tensors] if here else Copies(tensors)
+        gathered = np.concatenate(arrays, axis=None) if self._gathers else None
+        weights = self._kernel.weights(arrays)
         if gathered is None or not check_blocks(gathered, min(self._limits.values())):
-            well = [True] * len(self._sizes)
-
-            def check_part(tensor: int, first: int, end: int) -> None:
-                if not check(weights[tensor][first:end], limits[tensor]):
-                    well[tensor] = False
-
-            limits = list(self._limits.values())
-            in_threads(self._sizes, 1, check_part)
-            if not all(well):
-                return list(self._limits)[well.index(False)]
+            bad = self._kernel.check(weights, self._limits.__getitem__)
+            if bad is not None:
+                return list(self._floats)[bad]
         for stack in self._stacks:
-            self._move(stack, [name for name in due if name in stack.names], weights, gathered, move)
+            self._move(stack, [name for name in due if name in stack.names], weights, gathered)
         for name in due:
             for path, newest in self._newest[name].items():
                 np.copyto(newest, view(self._variables[path]))
             self._n[name] += 1
         return None
 
-    def _move(self, stack: HostStack, due: list[str], weights: Weights, gathered: Array | None, move: Move) -> None:
+    def _move(self, stack: HostStack, due: list[str], weights: Weights, gathered: Array | None) -> None:
         if not due:
             return
         rows = np.array([stack.names.index(name) for name in due])
         c = np.array([self._averages[name].weighting(self._n[name] + 1) for name in due])
-        factors = {dtype: c.astype(dtype) for dtype in stack.flat_m}
-        if gathered is not None and len(stack.flat_m) == 1:
-            ((dtype, m),) = stack.flat_m.items()
-            move(gathered, m, stack.flat_e.get(dtype), 0, rows, factors[dtype])
-            return
-
-        def move_part(tensor: int, first: int, end: int) -> None:
-            m, e, begin = stack.parts[tensor]
-            move(weights[tensor][first:end], m, e, begin + first, rows, factors[m.dtype])
-
-        in_threads(self._sizes, len(due), move_part)
+        for dtype, m in stack.flat_m.items():
+            if gathered is not None:
+                move_blocks(gathered, m, stack.flat_e.get(dtype), 0, rows, c.astype(dtype))
+            else:
+                self._kernel.move(weights, m, stack.flat_e.get(dtype), stack.columns[dtype], rows, c.astype(dtype))
 
     def _arrays(self, name: str) -> dict[str, dict[str, Array]]:
         return next(stack.arrays(name) for stack in self._stacks if name in stack.names)

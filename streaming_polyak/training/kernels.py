@@ -2,8 +2,8 @@
 
 The second is done in one of two ways that give the same bits. NumPy goes block by block, so that a block of weights is
 in the cache for all averages; that is ready at once. A loop compiled by Numba (the extra "fast") reads and writes
-everything once; it takes a second to come up, so it is for large models. Neither fuses a multiplication with an
-addition or changes their order, so that compensation stays what it is.
+everything once, and all tensors in one call; it takes a second to come up, so it is for large models. Neither fuses a
+multiplication with an addition or changes their order, so that compensation stays what it is.
 
 Compensated (A. Neumaier, Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen, ZAMM 54, 1974; the
 exact error of an addition by D. Knuth, The Art of Computer Programming 2, 4.2.2), an average is m + e, where m is
@@ -15,11 +15,13 @@ the nearest number of its dtype, and e what it lacks:
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,21 +29,131 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-# w (n,), m (k, at least first + n), e as m or None, first, rows of m to move, their c in the dtype of m
-Move = Callable[[Array, Array, "Array | None", int, Array, Array], None]
-# w (n,), limit
-Check = Callable[[Array, float], bool]
-
 _BLOCK = 2**15  # numbers: with two more arrays of that size in the cache of one core
 _KNOWN = (np.dtype("float32"), np.dtype("float64"))  # to BLAS and Numba
 _WORTH_COMPILING = 2**19  # numbers of all averages
 _WORTH_THREADS = 2**22
-_CALL = 2**16  # numbers of a tensor, on average
+_CALL = (
+    2**16
+)  # numbers of a tensor, on average, for which a thread that calls NumPy does not just wait for Python's lock
 
 
-def kernels(numbers: int) -> tuple[Check, Move]:
-    """Returns how to check weights, and how to move averages that have so many numbers in all."""
-    return (_compiled() if numbers >= _WORTH_COMPILING else None) or (check_blocks, move_blocks)
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model.
+
+    Args:
+        arrays: the tensors, C-contiguous.
+        addresses: where in memory they are, int64, if they stay there.
+    """
+
+    arrays: Sequence[Array]
+    addresses: Array | None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parts of tensors of one dtype, for one thread.
+
+    Args:
+        dtype: of them all.
+        tensors: which, int64 of shape (parts,).
+        firsts: their first numbers.
+        counts: how many numbers.
+    """
+
+    dtype: np.dtype[Any]
+    tensors: Array
+    firsts: Array
+    counts: Array
+
+    def parts(self) -> Iterator[tuple[int, slice]]:
+        """Returns (tensor, numbers) for each part."""
+        for k, first, count in zip(self.tensors.tolist(), self.firsts.tolist(), self.counts.tolist(), strict=True):
+            yield k, slice(first, first + count)
+
+
+class Kernel:
+    """Checks tensors of one model again and again, and moves averages of them.
+
+    Args:
+        sizes: numbers of each tensor.
+        dtypes: of each.
+        averages: how many are moved, at the most.
+    """
+
+    def __init__(self, sizes: Sequence[int], dtypes: Sequence[np.dtype[Any]], averages: int) -> None:
+        numbers = sum(sizes) * averages
+        self._compiled = _compiled() if numbers >= _WORTH_COMPILING else None
+        threads = min(8, len(os.sched_getaffinity(0))) if numbers >= _WORTH_THREADS else 1
+        if self._compiled is None and sum(sizes) < _CALL * len(sizes):
+            threads = 1
+        self._threads = list(shares(sizes, dtypes, threads))
+
+    def weights(self, arrays: Sequence[Array]) -> Weights:
+        """Returns the tensors as both other methods take them; a list of arrays if all are in memory."""
+        if self._compiled is None or not isinstance(arrays, list):
+            return Weights(arrays, None)
+        return Weights(arrays, np.array([a.ctypes.data for a in arrays], np.int64))
+
+    def check(self, weights: Weights, limit: Callable[[np.dtype[Any]], float]) -> int | None:
+        """Returns the first tensor with a number that is NaN, infinite or of a magnitude beyond its limit, or `None`.
+
+        Args:
+            weights: of `weights`.
+            limit: for each dtype.
+        """
+        addresses = weights.addresses
+
+        def bad(share: Share) -> int | None:
+            if addresses is not None and share.dtype in _KNOWN:
+                k = self._compiled[0](addresses[share.tensors], share, limit(share.dtype))  # type: ignore[index]
+                return None if k < 0 else int(share.tensors[k])
+            most = limit(share.dtype)
+            return next(
+                (k for k, numbers in share.parts() if not check_blocks(weights.arrays[k].reshape(-1)[numbers], most)),
+                None,
+            )
+
+        return min((k for k in self._each(bad) if k is not None), default=None)
+
+    def move(self, weights: Weights, m: Array, e: Array | None, columns: Array, rows: Array, c: Array) -> None:
+        """Moves averages.
+
+        Args:
+            weights: of `weights`.
+            m: the averages, of shape (k, numbers).
+            e: what they lack, if they are compensated.
+            columns: where in `m` each tensor begins, int64; -1 for tensors that are not in it.
+            rows: which averages.
+            c: their coefficients, in the dtype of `m`.
+        """
+        addresses = weights.addresses
+
+        def moved(share: Share) -> None:
+            here = columns[share.tensors] >= 0
+            if not here.all():
+                share = Share(share.dtype, share.tensors[here], share.firsts[here], share.counts[here])
+            if addresses is not None and share.dtype in _KNOWN:
+                first = columns[share.tensors] + share.firsts
+                self._compiled[1](addresses[share.tensors], share, m, e, first, rows, c)  # type: ignore[index]
+                return
+            for k, numbers in share.parts():
+                move_blocks(weights.arrays[k].reshape(-1)[numbers], m, e, int(columns[k]) + numbers.start, rows, c)
+
+        self._each(moved)
+
+    def _each(self, work: Callable[[Share], Any]) -> list[Any]:
+        def several(thread: list[Share]) -> list[Any]:
+            return [work(share) for share in thread]
+
+        first, *others = self._threads
+        if not others:
+            return several(first)
+        # Made anew each time: threads that wait would be missing after a fork.
+        with ThreadPoolExecutor(len(others)) as pool:
+            futures = [pool.submit(several, thread) for thread in others]
+            return several(first) + [found for future in futures for found in future.result()]
 
 
 def check_blocks(w: Array, limit: float) -> bool:
@@ -90,96 +202,91 @@ def _move_block(w: Array, m: Array, e: Array | None, c: Array, y: Array) -> None
 
 
 @functools.cache
-def _compiled() -> tuple[Check, Move] | None:
-    """Returns both by Numba; `None` where it is not installed."""
+def _compiled() -> tuple[Callable[..., int], Callable[..., None]] | None:
+    """Returns both by Numba, for the tensors of a share at given addresses; `None` where it is not installed."""
     try:
-        import numba
+        numba: Any = importlib.import_module("numba")  # its types are those of its compiler
     except ImportError:
         return None
+    pointer_type: Any = importlib.import_module("numba.core.cgutils").voidptr_t
+
+    @numba.extending.intrinsic  # type: ignore[untyped-decorator]
+    def pointer(typing: Any, address: Any) -> Any:
+        return numba.types.voidptr(address), lambda context, builder, signature, values: builder.inttoptr(
+            values[0], pointer_type
+        )
 
     # Magnitudes of floating-point numbers are in the order of their bits, and NaN comes last; integers are compared
     # several at once.
-    def largest(bits: Array, mask: int) -> Any:
-        found = bits[0] & mask
-        for i in range(bits.size):
-            found = max(found, bits[i] & mask)
-        return found
+    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    def check(addresses: Array, counts: Array, like: Array, mask: Any, most: Any) -> int:
+        for k in range(addresses.size):
+            bits = numba.carray(pointer(addresses[k]), (counts[k],), like.dtype)
+            found = mask & 0
+            for i in range(bits.size):
+                found = max(found, bits[i] & mask)
+            if found > most:
+                return k
+        return -1
 
     # Columns by slices of whole arrays: what Numba knows to be contiguous it computes several at once.
-    def plain(w: Array, m: Array, first: int, rows: Array, c: Array) -> None:
-        for lo in range(0, w.size, 4096):
-            block = w[lo : lo + 4096]
-            for r in range(rows.size):
-                part, factor = m[rows[r], first + lo : first + lo + block.size], c[r]
-                for i in range(block.size):
-                    part[i] += factor * (block[i] - part[i])
+    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    def plain(addresses: Array, counts: Array, like: Array, m: Array, firsts: Array, rows: Array, c: Array) -> None:
+        for k in range(addresses.size):
+            w = numba.carray(pointer(addresses[k]), (counts[k],), like.dtype)
+            for lo in range(0, w.size, 4096):
+                block = w[lo : lo + 4096]
+                begin = firsts[k] + lo
+                for r in range(rows.size):
+                    part, factor = m[rows[r], begin : begin + block.size], c[r]
+                    for i in range(block.size):
+                        part[i] += factor * (block[i] - part[i])
 
-    def compensated(w: Array, m: Array, e: Array, first: int, rows: Array, c: Array) -> None:
-        for lo in range(0, w.size, 4096):
-            block = w[lo : lo + 4096]
-            for r in range(rows.size):
-                columns = slice(first + lo, first + lo + block.size)
-                part, rest, factor = m[rows[r], columns], e[rows[r], columns], c[r]
-                for i in range(block.size):
-                    y = factor * ((block[i] - part[i]) - rest[i]) + rest[i]
-                    total = part[i] + y
-                    added = total - part[i]
-                    rest[i] = (part[i] - (total - added)) + (y - added)
-                    part[i] = total
+    @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+    def compensated(
+        addresses: Array, counts: Array, like: Array, m: Array, e: Array, firsts: Array, rows: Array, c: Array
+    ) -> None:
+        for k in range(addresses.size):
+            w = numba.carray(pointer(addresses[k]), (counts[k],), like.dtype)
+            for lo in range(0, w.size, 4096):
+                block = w[lo : lo + 4096]
+                columns = slice(firsts[k] + lo, firsts[k] + lo + block.size)
+                for r in range(rows.size):
+                    part, rest, factor = m[rows[r], columns], e[rows[r], columns], c[r]
+                    for i in range(block.size):
+                        y = factor * ((block[i] - part[i]) - rest[i]) + rest[i]
+                        total = part[i] + y
+                        added = total - part[i]
+                        rest[i] = (part[i] - (total - added)) + (y - added)
+                        part[i] = total
 
     # Not cached on the disk: a full disk, or a file that a power cut left half-written, would end the run.
-    jit = numba.njit(nogil=True)
-    largest, plain, compensated = jit(largest), jit(plain), jit(compensated)
+    def check_share(addresses: Array, share: Share, limit: float) -> int:
+        integer = np.dtype(f"int{8 * share.dtype.itemsize}")
+        mask, most = integer.type(np.iinfo(integer).max), np.array(limit, share.dtype).view(integer)[()]
+        addresses = addresses + share.firsts * share.dtype.itemsize
+        return int(check(addresses, share.counts, np.empty(0, integer), mask, most))
 
-    def check(w: Array, limit: float) -> bool:
-        if w.dtype not in _KNOWN or not w.size:
-            return check_blocks(w, limit)
-        mask, most = _bits(w.dtype, limit)
-        return bool(largest(w.view(mask.dtype), mask) <= most)
-
-    def move(w: Array, m: Array, e: Array | None, first: int, rows: Array, c: Array) -> None:
-        if w.dtype not in _KNOWN:
-            move_blocks(w, m, e, first, rows, c)
-        elif e is None:
-            plain(w, m, first, rows, c)
+    def move_share(
+        addresses: Array, share: Share, m: Array, e: Array | None, firsts: Array, rows: Array, c: Array
+    ) -> None:
+        addresses, like = addresses + share.firsts * share.dtype.itemsize, np.empty(0, share.dtype)
+        if e is None:
+            plain(addresses, share.counts, like, m, firsts, rows, c)
         else:
-            compensated(w, m, e, first, rows, c)
+            compensated(addresses, share.counts, like, m, e, firsts, rows, c)
 
-    return check, move
-
-
-@functools.cache
-def _bits(dtype: np.dtype[Any], limit: float) -> tuple[Any, int]:
-    """Returns the bits of a magnitude, all set, and those of the limit, both as integers."""
-    integer = np.dtype(f"int{8 * dtype.itemsize}")
-    return integer.type(np.iinfo(integer).max), int(np.array(limit, dtype).view(integer))
+    return check_share, move_share
 
 
-def shares(sizes: Sequence[int], count: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Deals out tensors of so many numbers into `count` shares of about as many, as (tensor, first, end)."""
+def shares(sizes: Sequence[int], dtypes: Sequence[np.dtype[Any]], count: int) -> Iterator[list[Share]]:
+    """Deals out tensors of so many numbers to `count` threads, about as many to each."""
     total, bounds = sum(sizes), np.cumsum([0, *sizes]).tolist()
     cuts = [total * k // count // 16 * 16 for k in range(count)] + [total]
     for low, high in itertools.pairwise(cuts):
-        yield [
-            (k, max(low - begin, 0), min(high, end) - begin)
-            for k, (begin, end) in enumerate(itertools.pairwise(bounds))
-            if begin < high and end > low
-        ]
-
-
-def in_threads(sizes: Sequence[int], averages: int, work: Callable[[int, int, int], None]) -> None:
-    """Calls `work(tensor, first, end)` for parts that make up all tensors, in several threads if that is worth it."""
-
-    def several(parts: Iterable[tuple[int, int, int]]) -> None:
-        for part in parts:
-            work(*part)
-
-    # Between calls that take less than some ten microseconds, threads wait for Python's lock more than they work.
-    worth = sum(sizes) * averages >= _WORTH_THREADS and sum(sizes) >= _CALL * len(sizes)
-    threads = min(8, len(os.sched_getaffinity(0))) if worth else 1
-    if threads == 1:
-        several((k, 0, size) for k, size in enumerate(sizes) if size)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(several, share) for share in shares(sizes, threads)]:
-            done.result()
+        parts: dict[np.dtype[Any], list[tuple[int, int, int]]] = {}
+        for k, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            if max(begin, low) < min(end, high):
+                first = max(low - begin, 0)
+                parts.setdefault(dtypes[k], []).append((k, first, min(high, end) - begin - first))
+        yield [Share(dtype, *map(np.ascontiguousarray, np.array(found, np.int64).T)) for dtype, found in parts.items()]
