@@ -1,13 +1,17 @@
 """Functions called as operations, and variables read many at a time, against TensorFlow's own ways."""
 
-import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from models import mlp
 
 from streaming_polyak import Trainer
-from streaming_polyak.training.compiled import _FEW, _MANY, Compiled, Reader
+
+pytestmark = pytest.mark.tensorflow
+keras = pytest.importorskip("keras")
+tf = pytest.importorskip("tensorflow")
+
+from models import mlp  # noqa: E402
+
+from streaming_polyak.training.compiled import _FEW, _MANY, Compiled, Reader  # noqa: E402
 
 
 @pytest.mark.parametrize("one_thread", [False, True])
