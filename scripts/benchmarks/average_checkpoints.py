@@ -1,8 +1,9 @@
 """Averages checkpoints of a Keras model in several ways, next to what reading and writing the files takes at least.
 
-Each way runs in a child process of its own, whose memory is sampled every 2 ms, that of processes it starts included
-(see `measuring`). Imports come before the clock starts and before the memory that is counted from, except for the
-command, which is timed and weighed as a whole process. All ways take turns; shown is the median. "cat + write" is the
+Each way runs in a child process of its own. In a first turn its memory is sampled every 2 ms, that of processes it
+starts included (see `measuring`); the turns after that are timed, as sampling takes a tenth of a processor. Imports
+come before the clock starts and before the memory that is counted from, except for the command, which is timed and
+weighed as a whole process. All ways take turns; shown is the median. "cat + write" is the
 time of `cat FILES > /dev/null` plus that of writing one such file and syncing it, as every way of ours syncs what it
 writes; the others do not.
 
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -126,20 +128,21 @@ def run_child(way: str, paths: list[Path], output: Path, weighting: str) -> None
     child(lambda: {"seconds": seconds_of(lambda: work(paths, output, weighting))}, modules)
 
 
-def measure(way: str, paths: list[Path], output: Path, weighting: str) -> dict[str, float]:
-    """Runs a way in a child process; returns seconds and MiB of memory above what its imports took."""
-    return watched(
-        way, [sys.executable, __file__, "--child", way, "--weighting", weighting, "--output", output, *paths]
-    )
+def measure(way: str, paths: list[Path], output: Path, weighting: str, weigh: bool) -> dict[str, float]:
+    """Runs a way in a child process; returns seconds, or MiB of memory above what its imports took."""
+    options = ["--weighting", weighting, "--output", output]
+    return watched(way, [sys.executable, __file__, "--child", way, *options, *paths], weigh)
 
 
-def watched(way: str, command: list[str | Path]) -> dict[str, float]:
-    """Runs a child; returns its seconds, and MiB of memory above what its imports took."""
+def watched(way: str, command: list[str | Path], weigh: bool) -> dict[str, float]:
+    """Runs a child; returns its seconds, or MiB of memory above what its imports took."""
     try:
-        found = watch(command)
+        found = watch(command, sample=weigh)
     except ChildFailedError as error:
         raise click.ClickException(f"{way!r} {error}") from None
-    return {**found.answer, "anonymous_mib": found.anonymous_mib, "file_mib": max(0.0, found.file_mib)}
+    if not weigh:
+        return found.answer
+    return {"anonymous_mib": found.anonymous_mib, "file_mib": max(0.0, found.file_mib)}
 
 
 def timed(command: list[str] | str) -> dict[str, float]:
@@ -150,16 +153,15 @@ def timed(command: list[str] | str) -> dict[str, float]:
 
 
 def weighed(command: list[str]) -> dict[str, float]:
-    """Times a command as a whole process, and returns all the memory it had, interpreter and imports included."""
-    started, peaks = time.perf_counter(), (0, 0)
+    """Returns all the memory that a command had, interpreter and imports included."""
+    peaks = (0, 0)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             peaks = tuple(map(max, zip(peaks, memory(process.pid), strict=True)))
             time.sleep(SAMPLE_SECONDS)
-    seconds = time.perf_counter() - started
     if process.returncode:
         raise click.ClickException(f"{shlex.join(command[:4])} ... ended with status {process.returncode}")
-    return {"seconds": seconds, "anonymous_mib": peaks[0] / MIB, "file_mib": peaks[1] / MIB}
+    return {"anonymous_mib": peaks[0] / MIB, "file_mib": peaks[1] / MIB}
 
 
 def interpreters(pythons: tuple[str, ...], weighting: str) -> tuple[dict[str, str], list[str]]:
@@ -216,28 +218,34 @@ def compare(
     output = folder / f"average.{suffix}"
     copy = folder / "copy"
     outputs = [output, copy, *(folder / RIVALS[way].output for way in rivals)]
-    ways: dict[str, Callable[[], dict[str, float]]] = {
-        "cat": lambda: timed(f"cat {shlex.join(map(str, paths))} > /dev/null"),
-        "write": lambda: timed("cat {0} > {1} && sync {1}".format(*map(shlex.quote, (str(paths[0]), str(copy))))),
-        "ours": lambda: measure("ours", paths, output, weighting),
-        "ours, the command": lambda: weighed(
-            [sys.executable, "-m", "streaming_polyak", "average", *map(str, paths), "-o", str(output), "-w", weighting]
-        ),
+    average = [sys.executable, "-m", "streaming_polyak", "average"]
+    command = [*average, *map(str, paths), "-o", str(output), "-w", weighting]
+    # Each is called with whether its memory is sampled.
+    ways: dict[str, Callable[[bool], dict[str, float]]] = {
+        "cat": lambda weigh: timed(f"cat {shlex.join(map(str, paths))} > /dev/null"),
+        "write": lambda weigh: timed("cat {0} > {1} && sync {1}".format(*map(shlex.quote, (str(paths[0]), str(copy))))),
+        "ours": partial(measure, "ours", paths, output, weighting),
+        "ours, the command": lambda weigh: weighed(command) if weigh else timed(command),
     }
     if suffix != "safetensors":
-        ways["h5py, whole files"] = lambda: measure("h5py, whole files", paths, output, weighting)
+        ways["h5py, whole files"] = partial(measure, "h5py, whole files", paths, output, weighting)
     for way, python in rivals.items():
-        command = [python, RIVALS_SCRIPT, way, folder / RIVALS[way].output, *rival_inputs[way]]
-        ways[way] = lambda way=way, command=command: watched(way, command)
+        program = [python, RIVALS_SCRIPT, way, folder / RIVALS[way].output, *rival_inputs[way]]
+        ways[way] = partial(watched, way, program)
     if slow and suffix == "keras":
-        ways |= {way: lambda way=way: measure(way, paths, output, weighting) for way in SLOW}
+        ways |= {way: partial(measure, way, paths, output, weighting) for way in SLOW}
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    for turn in range(repeats):
+    weights: dict[str, dict[str, float]] = {}
+    for turn in range(repeats + 1):
         for way, work in ways.items():
-            if way not in SLOW or turn == 0:
+            if way not in SLOW or turn <= 1:
                 for path in outputs:  # removing an old file takes time that is not the average's
                     remove(path)
-                runs[way].append(work())
+                os.sync()  # so that none waits for what another has left to be written
+                if turn:
+                    runs[way].append(work(False))
+                else:
+                    weights[way] = work(True)
     read = sum(path.stat().st_size for path in paths)
     median = {way: statistics.median(run["seconds"] for run in of) for way, of in runs.items()}
     rows: list[dict[str, object]] = []
@@ -255,7 +263,7 @@ def compare(
             "runs": len(of),
         }
         for name in ("anonymous_mib", "file_mib"):
-            row[name] = max(run[name] for run in of) if name in of[0] else None
+            row[name] = weights[way].get(name)
         rows.append(row)
     for path in [*paths, *outputs]:
         remove(path)
