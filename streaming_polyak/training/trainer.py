@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +26,11 @@ from streaming_polyak.training.averages import Averages, unchanged, variables_by
 from streaming_polyak.training.data import Batches, make_batches
 from streaming_polyak.training.history import History
 from streaming_polyak.training.hooks import Hooks, scored_name
-from streaming_polyak.training.loop import Loop, Scores, evaluation_step, loss_of, train_step
+from streaming_polyak.training.loop import Loop, Scores, evaluation_step, train_step
+from streaming_polyak.training.metrics import Metrics, call_symbolically, plain
 from streaming_polyak.training.run import Position, Resume, Run, SaveEvery
 from streaming_polyak.training.saving import MemberFiles, save
-from streaming_polyak.training.state import Slot, present, put, variable_slots
+from streaming_polyak.training.state import Slot, variable_slots
 
 logger = logging.getLogger("streaming_polyak")
 
@@ -123,9 +123,8 @@ class Trainer:
         self._run: Run | None = None
         self._member_files = MemberFiles(members)
         self._state: Averages | None = None
-        self._loss = keras.metrics.Mean(name="loss")
+        self._metrics = Metrics(model)
         self._made_for: list[Any] = []
-        self._at_reset: list[tuple[tf.Variable, tf.Tensor]] | None = None
         self._steps_a_call = 1
         self._train_loop: Loop
         self._evaluation_loop: Loop
@@ -247,7 +246,7 @@ class Trainer:
         averages = self._built_averages()
         history = self.history = self.model.history = History()
         params = {"epochs": epochs, "steps": batches.steps, "verbose": 0}
-        trained = list(self._scores())
+        trained = list(self._metrics.results())
         scored = [] if validation is None else [f"val_{name}" for name in trained]
         if validation is not None:
             scored += [scored_name(name, average) for average in self.averages for name in trained]
@@ -370,7 +369,7 @@ class Trainer:
         """Makes the steps of an epoch that are not done; returns where it ended, whether none were left, and scores."""
         if not position.done:
             hooks.call("on_epoch_begin", position.epoch)
-            self._reset()
+            self._metrics.reset()
         feed = batches.epoch(position.epoch, position.done)
         while feed.more() and not self.model.stop_training:
             steps = self.model.steps_per_execution if hooks.watches_batches else self._steps_a_call
@@ -382,7 +381,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             if made:
                 # With the scores, as computed anew by a resumed run they would be the same but for the last bit.
-                logs = _plain(scores)
+                logs = plain(scores)
                 position = replace(position, done=position.done + made, steps=position.steps + made, logs=logs)
                 if hooks.has_batch_hooks:
                     hooks.batch_end(position.done - 1, logs)
@@ -395,15 +394,14 @@ class Trainer:
             if self._run is not None and not self.model.stop_training:
                 self._run.after_steps(position)
         self._report(self._built_averages().check_steps)
-        return position, not feed.more(), dict(position.logs) if position.done else _plain(self._scores())
+        return position, not feed.more(), dict(position.logs) if position.done else plain(self._metrics.results())
 
     def _slots(self) -> dict[str, Slot]:
         """Returns all tensors that the training consists of."""
-        metrics = [*self._loss.variables, *(v for metric in self.model.metrics for v in metric.variables)]
         return {
             **variable_slots("model", variables_by_path(self.model).values()),
             **variable_slots("optimizer", self.model.optimizer.variables),
-            **variable_slots("metrics", metrics),
+            **variable_slots("metrics", self._metrics.variables),
             **self._built_averages().slots(),
         }
 
@@ -443,39 +441,21 @@ class Trainer:
 
     def _evaluate(self, batches: Batches) -> dict[str, Any]:
         with unchanged(self.model.non_trainable_variables):
-            self._reset()
+            self._metrics.reset()
             feed = batches.epoch(0)
             scores: Scores = {}
             while feed.more():
                 _, scores = self._evaluation_loop(feed, _EVALUATION_STEPS)
                 if self._run is not None and self._run.signalled:
                     raise _Signalled
-            return _plain(scores)
-
-    def _reset(self) -> None:
-        if self._at_reset is None:
-            self.model.reset_metrics()
-            self._loss.reset_state()
-            return
-        for variable, value in self._at_reset:
-            put(variable, value)
-
-    def _scores(self) -> Scores:
-        """Returns the loss and the metrics as they are now; also a part of the compiled loops."""
-        results = {"loss": self._loss.result()}
-        for name, value in self.model.get_metrics_result().items():
-            if isinstance(value, dict):  # a metric with several results
-                results |= value
-            elif name != "loss":
-                results[name] = value
-        return results
+            return plain(scores)
 
     def _build(self, batches: Batches) -> None:
         """Makes what does not exist yet: variables of model, optimizer, metrics and averages, the compiled loops."""
         model = self.model
         specs = batches.specs()
         if not model.built:
-            _call_symbolically(model, specs)
+            call_symbolically(model, specs)
         if model.loss is not None and keras.utils.unpack_x_y_sample_weight(specs)[1] is None:
             raise ValueError(f"Expected targets y, as {model.name!r} is compiled with loss={model.loss!r}, got none.")
         if not model.trainable_variables:
@@ -489,19 +469,14 @@ class Trainer:
         made_for = [model.optimizer, *model.metrics[:1], *model.trainable_variables]
         if len(made_for) == len(self._made_for) and all(map(operator.is_, made_for, self._made_for)):
             return
-        _make_metrics(model, specs)
-        self._at_reset = None
-        self._reset()
-        if all(map(_resets_variables_alone, [model, *model.metrics])):
-            # By Keras' own methods a reset takes 0.4 ms, as long as two steps of a small model.
-            metrics = [self._loss, *model.metrics]
-            self._at_reset = [(v.value, present(v.value)) for metric in metrics for v in metric.variables]
+        self._metrics.make(specs)
         small = model.count_params() < _SMALL and len(tf.config.list_logical_devices()) == 1
         # XLA's step and the condition of an average of steps are calls of functions.
         one_thread = small and not model.jit_compile and self._state.step_update is None
         options = {"jit_compile": model.jit_compile, "run_eagerly": model.run_eagerly, "one_thread": one_thread}
-        self._train_loop = Loop(train_step(model, self._loss, self._state.step_update), self._scores, **options)
-        self._evaluation_loop = Loop(evaluation_step(model, self._loss), self._scores, **options)
+        train = train_step(model, self._metrics.loss, self._state.step_update)
+        self._train_loop = Loop(train, self._metrics.results, **options)
+        self._evaluation_loop = Loop(evaluation_step(model, self._metrics.loss), self._metrics.results, **options)
         self._made_for = made_for
         self._steps_a_call = 1
 
@@ -516,37 +491,6 @@ class Trainer:
                 f"Expected the raw weights in the model, but the average {self._state.in_model!r} is in it. "
                 f"Call {verb} outside of the block of averaged()."
             )
-
-
-def _call_symbolically(model: keras.Model, specs: Any) -> Any:
-    """Calls the model on the shapes of a batch, which makes its variables; returns the shapes of its output."""
-    x = keras.utils.unpack_x_y_sample_weight(specs)[0]
-    inputs = keras.tree.map_structure(lambda spec: keras.KerasTensor(spec.shape, spec.dtype.name), x)
-    return model(inputs, training=False)
-
-
-def _make_metrics(model: keras.Model, specs: Any) -> None:
-    """Makes the metrics' variables, which come into being at their first update; else the step is traced twice."""
-    zeros = partial(keras.tree.map_structure, _zeros)
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(zeros(specs))
-    y_pred = zeros(_call_symbolically(model, specs))
-    # With several outputs the loss has metrics too.
-    loss_of(model, training=False)(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
-    model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-
-
-def _resets_variables_alone(thing: Any) -> bool:
-    """Whether a metric, with those in it, or a model resets as Keras wrote it: variables, each to a fixed value."""
-    method = thing.reset_metrics if isinstance(thing, keras.Model) else thing.reset_state
-    inner = () if isinstance(thing, keras.Model) else getattr(thing, "metrics", ())
-    return method.__module__.startswith("keras.") and all(map(_resets_variables_alone, inner))
-
-
-def _zeros(spec: Any) -> Any:
-    dense = tf.zeros([1 if size is None else size for size in spec.shape], spec.dtype)
-    if isinstance(spec, tf.RaggedTensorSpec):
-        return tf.RaggedTensor.from_tensor(dense, ragged_rank=spec.ragged_rank)
-    return tf.sparse.from_dense(dense) if isinstance(spec, tf.SparseTensorSpec) else dense
 
 
 def _validation_batches(data: Any, batch_size: int | None) -> Batches:
@@ -571,11 +515,6 @@ def _described(average: Average) -> str:
     words = f"{average.weighting} of every {average.every} {average.unit}s from {average.start}"
     wide = f" in {average.dtype}" if average.dtype else ""
     return f"{words}{wide}{' compensated' if average.compensated else ''}"
-
-
-def _plain(scores: Scores) -> dict[str, Any]:
-    arrays = {name: np.asarray(value) for name, value in scores.items()}
-    return {name: float(array) if array.ndim == 0 else array for name, array in arrays.items()}
 
 
 def _postfix(logs: dict[str, Any], missing: set[str]) -> str:
