@@ -33,9 +33,7 @@ _BLOCK = 2**15  # numbers: with two more arrays of that size in the cache of one
 _KNOWN = (np.dtype("float32"), np.dtype("float64"))  # to BLAS and Numba
 _WORTH_COMPILING = 2**19  # numbers of all averages
 _WORTH_THREADS = 2**22
-_CALL = (
-    2**16
-)  # numbers of a tensor, on average, for which a thread that calls NumPy does not just wait for Python's lock
+_CALL = 2**16  # numbers of a tensor, on average; in smaller ones NumPy's threads wait for Python's lock
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,17 @@ class Kernel:
     """
 
     def __init__(self, sizes: Sequence[int], dtypes: Sequence[np.dtype[Any]], averages: int) -> None:
-        numbers = sum(sizes) * averages
-        self._compiled = _compiled() if numbers >= _WORTH_COMPILING else None
-        threads = min(8, len(os.sched_getaffinity(0))) if numbers >= _WORTH_THREADS else 1
-        if self._compiled is None and sum(sizes) < _CALL * len(sizes):
-            threads = 1
-        self._threads = list(shares(sizes, dtypes, threads))
+        self._sizes, self._dtypes, self._numbers = sizes, dtypes, sum(sizes) * averages
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[Callable[..., int], Callable[..., None]] | None:
+        return _compiled() if self._numbers >= _WORTH_COMPILING else None
+
+    @functools.cached_property
+    def _threads(self) -> list[list[Share]]:
+        small = self._compiled is None and sum(self._sizes) < _CALL * len(self._sizes)
+        several = self._numbers >= _WORTH_THREADS and not small
+        return list(shares(self._sizes, self._dtypes, min(8, len(os.sched_getaffinity(0))) if several else 1))
 
     def weights(self, arrays: Sequence[Array]) -> Weights:
         """Returns the tensors as both other methods take them; a list of arrays if all are in memory."""
