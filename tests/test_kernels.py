@@ -12,24 +12,27 @@ from streaming_polyak.training import kernels
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-class ByNumba:
-    """Both functions for one tensor, by Numba."""
+def by_numba(sizes, dtypes, threads=1):
+    """A kernel whose loops are there when they are asked for a second time."""
+    kernel = kernels.Kernel(sizes, dtypes, 10**9)
+    kernel._threads = list(kernels.shares(sizes, dtypes, threads))
+    return kernel
 
-    def __init__(self, w):
-        self.kernel = kernels.Kernel([w.size], [w.dtype], 10**9 // max(1, w.size))
-        self.kernel._threads = list(kernels.shares([w.size], [w.dtype], 1))
-        assert self.kernel._compiled or not w.size  # Numba is there
-        self.weights = self.kernel.weights([w])
 
-    @staticmethod
-    def check(w, limit):
-        self = ByNumba(w)
-        return self.kernel.check(self.weights, lambda dtype: limit) is None
+def check_by_numba(w, limit):
+    kernel = by_numba([w.size], [w.dtype])
+    kernel.check(kernels.Weights([w]), lambda dtype: limit)
+    kernels.finish_compiling()
+    return kernel.check(kernels.Weights([w]), lambda dtype: limit) is None
 
-    @staticmethod
-    def move(w, m, e, first, rows, c):
-        self = ByNumba(w)
-        self.kernel.move(self.weights, m, e, np.array([first]), rows, c)
+
+def move_by_numba(w, m, e, first, rows, c):
+    kernel = by_numba([w.size], [w.dtype])
+    if w.dtype in kernels._KNOWN:
+        kernels.compiled_loop("plain" if e is None else "compensated", w.dtype, m.dtype)
+        kernels.finish_compiling()
+        assert kernels.compiled_loop("plain" if e is None else "compensated", w.dtype, m.dtype)  # Numba is there
+    kernel.move(kernels.Weights([w]), m, e, np.array([first]), rows, c)
 
 
 @pytest.mark.parametrize("compensated", [False, True], ids=["plain", "compensated"])
@@ -55,8 +58,8 @@ def test_both_ways_give_the_same_bits_as_the_formula(weights, averages, rows, co
         w.setflags(write=False)
         kernels.move_blocks(w[:50], *ways[0], 0, np.array(rows), c)
         kernels.move_blocks(w[50:], *ways[0], 50, np.array(rows), c)
-        ByNumba.move(w[:7], *ways[1], 0, np.array(rows), c)
-        ByNumba.move(w[7:], *ways[1], 7, np.array(rows), c)
+        move_by_numba(w[:7], *ways[1], 0, np.array(rows), c)
+        move_by_numba(w[7:], *ways[1], 7, np.array(rows), c)
         m, e = ways[2]
         for j, factor in zip(rows, c, strict=True):
             wide, before = w.astype(averages), m[j].copy()
@@ -93,31 +96,36 @@ def test_many_tensors_of_several_dtypes_are_checked_and_moved_as_one_by_one(numb
     kinds = [("float32", "float64", "bfloat16")[k % 3] for k in range(len(shapes))]
     tensors = [rng.normal(size=shape).astype(DTYPES[kind]) for shape, kind in zip(shapes, kinds, strict=True)]
     sizes, dtypes = [w.size for w in tensors], [w.dtype for w in tensors]
-    kernel = kernels.Kernel(sizes, dtypes, 10**9 if numba else 1)
-    kernel._threads = list(kernels.shares(sizes, dtypes, threads))
-    assert bool(kernel._compiled) is numba
+    kernel = by_numba(sizes, dtypes, threads)
+    kernel._worth_compiling = numba
+    kernel._threads_of_numpy = kernel._threads
     here = np.array([dtype != np.float64 for dtype in dtypes])
     columns = np.where(here, np.cumsum([0, *np.where(here, sizes, 0)])[:-1], -1)
     start = rng.normal(size=(2, int(np.where(here, sizes, 0).sum()))).astype(np.float32)
     ways, rows, c = [(start.copy(), np.zeros_like(start)) for _ in range(2)], np.array([0, 1]), np.float32([0.1, 0.7])
-    kernel.move(kernel.weights(tensors), *ways[0], columns, rows, c)
+    if numba:
+        for dtype in kernels._KNOWN:
+            kernels.compiled_loop("check", dtype)
+            kernels.compiled_loop("compensated", dtype, np.dtype(np.float32))
+        kernels.finish_compiling()
+    kernel.move(kernels.Weights(tensors), *ways[0], columns, rows, c)
     for w, column in zip(tensors, columns, strict=True):
         if column >= 0:
             kernels.move_blocks(w.ravel(), *ways[1], int(column), rows, c)
     for a, b in zip(*ways, strict=True):
         assert a.tobytes() == b.tobytes()
     assert start.tobytes() != ways[0][0].tobytes()
-    assert kernel.check(kernel.weights(tensors), lambda dtype: 1e30) is None
+    assert kernel.check(kernels.Weights(tensors), lambda dtype: 1e30) is None
     for k in (26, 18, 4):  # the first of those that are bad is named
         tensors[k].reshape(-1)[-1] = np.nan
-        assert kernel.check(kernel.weights(tensors), lambda dtype: 1e30) == k
+        assert kernel.check(kernels.Weights(tensors), lambda dtype: 1e30) == k
 
 
 @pytest.mark.parametrize("way", ["NumPy", "Numba"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_one_bad_number_is_seen_anywhere_and_large_ones_are_not_bad(dtype, bad, way):
-    check = kernels.check_blocks if way == "NumPy" else ByNumba.check
+    check = kernels.check_blocks if way == "NumPy" else check_by_numba
     limit = float(ml_dtypes.finfo(DTYPES[dtype]).max) / 2
     w = np.full(2 * kernels._BLOCK + 3, -0.9 * limit).astype(DTYPES[dtype])
     with np.errstate(all="ignore"):
@@ -147,7 +155,7 @@ def test_after_a_million_updates_the_compensated_averages_are_exact_and_plain_on
     rows = np.arange(3)
     plain, wide, m = (np.zeros((3, 6), dtype) for dtype in (np.float32, np.float64, np.float32))
     e, c32 = np.zeros_like(m), c.astype(np.float32)
-    _, move = kernels._compiled()
+    move = kernels._loops()["plain"]  # and the compensated one
     ((share,),) = kernels.shares([6], [members.dtype], 1)
     addresses, first = members.ctypes.data + members.strides[0] * np.arange(updates), np.array([0])
     for k in range(updates):

@@ -2,9 +2,9 @@
 
 Each way runs in a child process of its own; as many as there is memory for take turns, round by round.
 "copies" is the median of the seconds of updates over one numpy.copyto of the model's arrays in the same process and
-round. "first" is the first update, with whatever is built or compiled for it. "lasting" is the anonymous memory
-(RssAnon of /proc/PID/status, sampled every 2 ms) that is there after it beyond that of the model and imports, in MiB,
-and "passing" the peak beyond that.
+round. "first" is the first update, with whatever is built or compiled for it; ours is made by NumPy, while a thread
+compiles for a second what makes the others. "lasting" is the anonymous memory (RssAnon of /proc/PID/status, sampled
+every 2 ms) that is there after it beyond that of the model and imports, in MiB, and "passing" the peak beyond that.
 
 The weights are a Keras model's for the ways that average one (ours, TensorFlow's, NumPy by `get_weights`), and
 torch's and JAX's own for theirs. Rivals that are not installed are left out.
@@ -189,6 +189,10 @@ def child(way: str, case: str, count: int) -> None:
             update()
             seconds.append(time.perf_counter() - between)
             copies.append(between - started)
+        if way in OURS:
+            from streaming_polyak.training.kernels import finish_compiling
+
+            finish_compiling()  # what a thread compiles meanwhile
         print(json.dumps([statistics.median(seconds), statistics.median(copies)]), flush=True)
 
 

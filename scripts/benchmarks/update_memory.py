@@ -36,15 +36,15 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
     from streaming_polyak import LINEAR, MEAN, Average, Exponential
     from streaming_polyak.training.accumulators import view
     from streaming_polyak.training.averages import Averages
-    from streaming_polyak.training.kernels import Kernel
+    from streaming_polyak.training.kernels import compiled_loop, finish_compiling
 
     model = model_of_vectors(parameters, tensors)
     before = anonymous_bytes(os.getpid())
     if unit == "epoch":
-        kernel, m = Kernel([1], [np.dtype(np.float32)], 10**9), np.zeros((1, 1), np.float32)
-        weights = kernel.weights([np.zeros(1, np.float32)])
-        kernel.check(weights, lambda dtype: 1.0)
-        kernel.move(weights, m, None, np.array([0]), np.array([0]), np.ones(1, np.float32))
+        single = np.dtype(np.float32)
+        for loop in (("check", single), ("plain", single, single)):
+            compiled_loop(*loop)
+        finish_compiling()
     numba_bytes = anonymous_bytes(os.getpid()) - before
     weightings = {"mean": MEAN, "linear": LINEAR, "exponential": Exponential(decay=0.999)}
     averages = Averages(model, {name: Average(weighting, unit=unit) for name, weighting in weightings.items()})

@@ -212,7 +212,7 @@ class HostAccumulators:
         here = "CPU:" in tensors[0].device if tensors else True
         arrays: Sequence[Array] = [array_of(t) for t in tensors] if here else Copies(tensors)
         gathered = np.concatenate(arrays, axis=None) if self._gathers else None
-        weights = self._kernel.weights(arrays)
+        weights = Weights(arrays)
         if gathered is None or not check_blocks(gathered, min(self._limits.values())):
             bad = self._kernel.check(weights, self._limits.__getitem__)
             if bad is not None:

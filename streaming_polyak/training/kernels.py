@@ -2,8 +2,9 @@
 
 The second is done in one of two ways that give the same bits. NumPy goes block by block, so that a block of weights is
 in the cache for all averages; that is ready at once. A loop compiled by Numba (the extra "fast") reads and writes
-everything once, and all tensors in one call; it takes a second to come up, so it is for large models. Neither fuses a
-multiplication with an addition or changes their order, so that compensation stays what it is.
+everything once, and all tensors in one call; it is for large models, and as it takes a second to come up, a thread
+compiles it while NumPy does the first updates. Neither fuses a multiplication with an addition or changes their order,
+so that compensation stays what it is.
 
 Compensated (A. Neumaier, Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen, ZAMM 54, 1974; the
 exact error of an addition by D. Knuth, The Art of Computer Programming 2, 4.2.2), an average is m + e, where m is
@@ -20,7 +21,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,15 @@ class Weights:
     """The weights of a model.
 
     Args:
-        arrays: the tensors, C-contiguous.
-        addresses: where in memory they are, int64, if they stay there.
+        arrays: the tensors, C-contiguous; a list if all are in memory and stay there.
     """
 
     arrays: Sequence[Array]
-    addresses: Array | None
+
+    @functools.cached_property
+    def addresses(self) -> Array:
+        """Where in memory they are, int64."""
+        return np.array([a.ctypes.data for a in self.arrays], np.int64)
 
 
 @dataclass(frozen=True)
@@ -81,76 +85,71 @@ class Kernel:
     """
 
     def __init__(self, sizes: Sequence[int], dtypes: Sequence[np.dtype[Any]], averages: int) -> None:
-        self._sizes, self._dtypes, self._numbers = sizes, dtypes, sum(sizes) * averages
-
-    @functools.cached_property
-    def _compiled(self) -> tuple[Callable[..., int], Callable[..., None]] | None:
-        return _compiled() if self._numbers >= _WORTH_COMPILING else None
-
-    @functools.cached_property
-    def _threads(self) -> list[list[Share]]:
-        small = self._compiled is None and sum(self._sizes) < _CALL * len(self._sizes)
-        several = self._numbers >= _WORTH_THREADS and not small
-        return list(shares(self._sizes, self._dtypes, min(8, len(os.sched_getaffinity(0))) if several else 1))
-
-    def weights(self, arrays: Sequence[Array]) -> Weights:
-        """Returns the tensors as both other methods take them; a list of arrays if all are in memory."""
-        if self._compiled is None or not isinstance(arrays, list):
-            return Weights(arrays, None)
-        return Weights(arrays, np.array([a.ctypes.data for a in arrays], np.int64))
+        numbers = sum(sizes) * averages
+        self._worth_compiling = numbers >= _WORTH_COMPILING
+        threads = min(8, len(os.sched_getaffinity(0))) if numbers >= _WORTH_THREADS else 1
+        self._threads = list(shares(sizes, dtypes, threads))
+        small = sum(sizes) < _CALL * len(sizes)
+        self._threads_of_numpy = list(shares(sizes, dtypes, 1)) if small else self._threads
 
     def check(self, weights: Weights, limit: Callable[[np.dtype[Any]], float]) -> int | None:
         """Returns the first tensor with a number that is NaN, infinite or of a magnitude beyond its limit, or `None`.
 
         Args:
-            weights: of `weights`.
+            weights: of the sizes and dtypes.
             limit: for each dtype.
         """
-        addresses = weights.addresses
 
-        def bad(share: Share) -> int | None:
-            if addresses is not None and share.dtype in _KNOWN:
-                k = self._compiled[0](addresses[share.tensors], share, limit(share.dtype))  # type: ignore[index]
-                return None if k < 0 else int(share.tensors[k])
+        def bad(share: Share, loop: Callable[..., int] | None) -> int | None:
             most = limit(share.dtype)
-            return next(
-                (k for k, numbers in share.parts() if not check_blocks(weights.arrays[k].reshape(-1)[numbers], most)),
-                None,
-            )
+            if loop is not None:
+                k = loop(weights.addresses[share.tensors], share, most)
+                return None if k < 0 else int(share.tensors[k])
+            parts = ((k, weights.arrays[k].reshape(-1)[numbers]) for k, numbers in share.parts())
+            return next((k for k, part in parts if not check_blocks(part, most)), None)
 
-        return min((k for k in self._each(bad) if k is not None), default=None)
+        return min((k for k in self._each(bad, weights, "check") if k is not None), default=None)
 
     def move(self, weights: Weights, m: Array, e: Array | None, columns: Array, rows: Array, c: Array) -> None:
         """Moves averages.
 
         Args:
-            weights: of `weights`.
+            weights: of the sizes and dtypes.
             m: the averages, of shape (k, numbers).
             e: what they lack, if they are compensated.
             columns: where in `m` each tensor begins, int64; -1 for tensors that are not in it.
             rows: which averages.
             c: their coefficients, in the dtype of `m`.
         """
-        addresses = weights.addresses
 
-        def moved(share: Share) -> None:
+        def moved(share: Share, loop: Callable[..., None] | None) -> None:
             here = columns[share.tensors] >= 0
             if not here.all():
                 share = Share(share.dtype, share.tensors[here], share.firsts[here], share.counts[here])
-            if addresses is not None and share.dtype in _KNOWN:
-                first = columns[share.tensors] + share.firsts
-                self._compiled[1](addresses[share.tensors], share, m, e, first, rows, c)  # type: ignore[index]
+            if loop is not None:
+                loop(weights.addresses[share.tensors], share, m, e, columns[share.tensors] + share.firsts, rows, c)
                 return
             for k, numbers in share.parts():
-                move_blocks(weights.arrays[k].reshape(-1)[numbers], m, e, int(columns[k]) + numbers.start, rows, c)
+                part = weights.arrays[k].reshape(-1)[numbers]
+                move_blocks(part, m, e, int(columns[k]) + numbers.start, rows, c)
 
-        self._each(moved)
+        self._each(moved, weights, "plain" if e is None else "compensated", m.dtype)
 
-    def _each(self, work: Callable[[Share], Any]) -> list[Any]:
+    def _each(self, work: Callable[..., Any], weights: Weights, *kind: Any) -> list[Any]:
+        """Calls `work` for each share, with the compiled loop of that kind if there is one for its dtype."""
+        dtypes = {share.dtype for thread in self._threads for share in thread}
+        loops: dict[np.dtype[Any], Any] = {}
+        if self._worth_compiling and isinstance(weights.arrays, list):
+            loops = {dtype: compiled_loop(kind[0], dtype, *kind[1:]) for dtype in dtypes if dtype in _KNOWN}
+
         def several(thread: list[Share]) -> list[Any]:
-            return [work(share) for share in thread]
+            return [work(share, loops.get(share.dtype)) for share in thread]
 
-        first, *others = self._threads
+        if not any(loops.values()):
+            first, *others = self._threads_of_numpy
+        else:
+            first, *others = self._threads
+            len(weights.addresses)  # found before the threads need them
         if not others:
             return several(first)
         # Made anew each time: threads that wait would be missing after a fork.
@@ -204,9 +203,46 @@ def _move_block(w: Array, m: Array, e: Array | None, c: Array, y: Array) -> None
     m[:] = total
 
 
+_jobs: dict[tuple[Any, ...], Future[Any]] = {}
+
+
+def compiled_loop(kind: str, *dtypes: np.dtype[Any]) -> Callable[..., Any] | None:
+    """Returns a loop compiled by Numba; `None` while it is being compiled, which this begins, and without Numba.
+
+    Args:
+        kind: "check", "plain" or "compensated".
+        dtypes: of the weights, and of the averages if they are moved.
+    """
+    job = _jobs.get((kind, *dtypes))
+    if job is None:
+        compiler = ThreadPoolExecutor(1)
+        job = _jobs[kind, *dtypes] = compiler.submit(_compile, kind, *dtypes)
+        compiler.shutdown(wait=False)  # the thread ends with its work
+    return job.result() if job.done() else None
+
+
+def finish_compiling() -> None:
+    """Waits for the loops that are being compiled; for tests and measurements."""
+    for job in _jobs.values():
+        job.result()
+
+
+def _compile(kind: str, weights: np.dtype[Any], averages: np.dtype[Any] | None = None) -> Callable[..., Any] | None:
+    loops = _loops()
+    if loops is None:
+        return None
+    none, nowhere = np.empty(0, np.int64), Share(weights, *[np.empty(0, np.int64)] * 3)
+    if kind == "check":
+        loops[kind](none, nowhere, 1.0)
+    else:
+        m = np.empty((0, 0), averages)
+        loops[kind](none, nowhere, m, None if kind == "plain" else m, none, none, np.empty(0, averages))
+    return loops[kind]
+
+
 @functools.cache
-def _compiled() -> tuple[Callable[..., int], Callable[..., None]] | None:
-    """Returns both by Numba, for the tensors of a share at given addresses; `None` where it is not installed."""
+def _loops() -> dict[str, Callable[..., Any]] | None:
+    """Returns all loops, over the tensors of a share at given addresses; compiled for the dtypes they meet."""
     try:
         numba: Any = importlib.import_module("numba")  # its types are those of its compiler
     except ImportError:
@@ -288,7 +324,7 @@ def _compiled() -> tuple[Callable[..., int], Callable[..., None]] | None:
         else:
             compensated(addresses, share.counts, like, m, e, firsts, rows, c)
 
-    return check_share, move_share
+    return {"check": check_share, "plain": move_share, "compensated": move_share}
 
 
 def shares(sizes: Sequence[int], dtypes: Sequence[np.dtype[Any]], count: int) -> Iterator[list[Share]]:
