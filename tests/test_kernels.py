@@ -1,6 +1,8 @@
 """What an update does to arrays: NumPy's way against Numba's, to the bit, and both against exact sums."""
 
 import math
+import sys
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -136,6 +138,51 @@ def test_one_bad_number_is_seen_anywhere_and_large_ones_are_not_bad(dtype, bad, 
             w[k] = bad
             assert not check(w, limit)
             w[k] = 1
+
+
+def test_updates_while_the_loops_are_compiled_have_the_bits_of_those_after_it(monkeypatch):
+    monkeypatch.setattr(kernels, "_jobs", {})
+    release = threading.Event()
+    real = kernels._loops
+
+    def slow():
+        release.wait(60)
+        return real()
+
+    monkeypatch.setattr(kernels, "_loops", slow)
+    rng = np.random.default_rng(5)
+    tensors = [rng.normal(size=n).astype(np.float32) for n in (2**19, 3, 2**18)]
+    sizes, columns, rows = [w.size for w in tensors], np.array([0, 2**19, 2**19 + 3]), np.array([0, 1])
+    ways = [np.zeros((2, sum(sizes)), np.float32) for _ in range(2)]
+    kernel = kernels.Kernel(sizes, [w.dtype for w in tensors], 2)
+    for k in range(1, 5):
+        c = np.float32([1 / k, 2 / (k + 1)])
+        for w in tensors:
+            w += rng.normal(size=w.size).astype(np.float32)
+        assert kernel.check(kernels.Weights(tensors), lambda dtype: 1e30) is None
+        kernel.move(kernels.Weights(tensors), ways[0], None, columns, rows, c)
+        kernels.move_blocks(np.concatenate(tensors), ways[1], None, 0, rows, c)
+        assert ways[0].tobytes() == ways[1].tobytes()
+        if k == 2:
+            single = np.dtype(np.float32)
+            assert kernels.compiled_loop("plain", single, single) is None  # not yet
+            release.set()
+            kernels.finish_compiling()
+            assert kernels.compiled_loop("plain", single, single) is not None
+
+
+@pytest.mark.parametrize("name", ["numba", "numba.core.cgutils"])
+def test_without_numba_or_with_a_part_of_it_numpy_does_it_all(name, monkeypatch):
+    monkeypatch.setattr(kernels, "_jobs", {})
+    monkeypatch.setattr(kernels, "_loops", kernels._loops.__wrapped__)
+    monkeypatch.setitem(sys.modules, name, None)
+    kernel, single = kernels.Kernel([2**20], [np.dtype(np.float32)], 1), np.dtype(np.float32)
+    w, m = np.ones(2**20, np.float32), np.zeros((1, 2**20), np.float32)
+    for _ in range(2):
+        kernel.move(kernels.Weights([w]), m, None, np.array([0]), np.array([0]), np.float32([1]))
+        kernels.finish_compiling()
+    assert kernels.compiled_loop("plain", single, single) is None
+    assert (m == 1).all()
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ class Case:
             x, y = rng.normal(size=(1920, 256)).astype(np.float32), np.eye(10, dtype=np.float32)
             y = y[rng.integers(0, 10, len(x))]
             self.train, self.test = (x[:1600], y[:1600]), (x[1600:], y[1600:])
-            self.make, self.epochs = _mlp, 6
+            self.make, self.epochs = _mlp, 16  # Numba compiles during the first ones
         elif name == "digits":
             from streaming_polyak.demo import digits
 

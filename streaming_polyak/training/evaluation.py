@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming_polyak.files.tensors import DTYPES, is_optimizer
+from streaming_polyak.training.accumulators import view
 from streaming_polyak.training.averages import unchanged
+from streaming_polyak.training.state import put
 from streaming_polyak.training.trainer import Trainer
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -89,7 +91,8 @@ class KerasEvaluator:
                     f"{shape}. Evaluate checkpoints on the model they were saved from."
                 )
         for name, variable in self._variables.items():
-            variable.assign(values[name])
+            # A copy: the variable must not get hold of the caller's memory.
+            put(variable.value, np.array(values[name], dtype=view(variable).dtype))
 
     def _locate(self, names: set[str]) -> dict[str, keras.Variable]:
         """Finds which variable has which name, by letting Keras save the model with a number of its own in each."""

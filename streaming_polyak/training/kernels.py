@@ -245,9 +245,9 @@ def _loops() -> dict[str, Callable[..., Any]] | None:
     """Returns all loops, over the tensors of a share at given addresses; compiled for the dtypes they meet."""
     try:
         numba: Any = importlib.import_module("numba")  # its types are those of its compiler
+        pointer_type: Any = importlib.import_module("numba.core.cgutils").voidptr_t
     except ImportError:
         return None
-    pointer_type: Any = importlib.import_module("numba.core.cgutils").voidptr_t
 
     @numba.extending.intrinsic  # type: ignore[untyped-decorator]
     def pointer(typing: Any, address: Any) -> Any:
