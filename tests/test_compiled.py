@@ -1,5 +1,9 @@
 """Functions called as operations, and variables read many at a time, against TensorFlow's own ways."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -41,6 +45,39 @@ def test_a_function_with_loops_inside_its_loop_is_not_run_in_one_thread():
     compiled = Compiled(nested, tf.TensorSpec([], tf.int32), one_thread=True)
     assert compiled._attributes["executor_type"] == ""
     assert int(compiled(tf.constant(5))) == 10
+
+
+def test_a_function_that_calls_python_is_not_run_in_one_thread():
+    double = tf.function(lambda x: x + x)
+    compiled = Compiled(
+        lambda x: tf.py_function(double, [x], tf.float32), tf.TensorSpec([], tf.float32), one_thread=True
+    )
+    assert compiled._attributes["executor_type"] == ""
+    assert float(compiled(tf.constant(2.0))) == 4.0
+
+
+def test_small_models_train_in_several_threads_where_tensorflow_has_one():
+    code = """
+import threading
+import tensorflow as tf
+tf.config.threading.set_inter_op_parallelism_threads(1)
+import numpy as np
+from models import mlp
+from streaming_polyak import Trainer
+x, y = np.ones((64, 4), np.float32), np.eye(3, dtype=np.float32)[np.arange(64) % 3]
+trainers = [Trainer(mlp()) for _ in range(3)]
+fit = lambda trainer: trainer.fit(x, y, epochs=100, validation_data=(x, y), progress=False)
+threads = [threading.Thread(target=fit, args=(trainer,)) for trainer in trainers]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print([len(trainer.history.history["val_loss"]) for trainer in trainers])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent, check=True
+    )
+    assert done.stdout.strip() == "[100, 100, 100]"
 
 
 def test_an_error_in_a_compiled_function_is_raised_and_the_next_call_works():

@@ -185,6 +185,32 @@ def test_without_numba_or_with_a_part_of_it_numpy_does_it_all(name, monkeypatch)
     assert (m == 1).all()
 
 
+def test_a_numba_that_fails_is_told_once_and_numpy_goes_on(monkeypatch, caplog):
+    def fail():
+        raise OSError("libLLVM cannot be loaded")
+
+    monkeypatch.setattr(kernels, "_jobs", {})
+    monkeypatch.setattr(kernels, "_loops", fail)
+    kernel, w, m = kernels.Kernel([2**20], [np.dtype(np.float32)], 1), np.ones(2**20, np.float32), np.zeros((1, 2**20))
+    for _ in range(3):
+        kernel.move(kernels.Weights([w]), m, None, np.array([0]), np.array([0]), np.ones(1))
+        kernels.finish_compiling()
+    assert (m == 1).all()
+    assert [record.message for record in caplog.records] == [
+        "Numba cannot compile updates of averages here; NumPy makes them, slower."
+    ]
+
+
+def test_a_process_without_another_thread_uses_numpy(monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(kernels, "_jobs", {})
+    monkeypatch.setattr(kernels.ThreadPoolExecutor, "submit", refuse)
+    assert kernels.compiled_loop("check", np.dtype(np.float32)) is None
+    assert kernels.compiled_loop("check", np.dtype(np.float32)) is None
+
+
 @pytest.mark.slow
 def test_after_a_million_updates_the_compensated_averages_are_exact_and_plain_ones_within_their_bound():
     updates, decay = 1_000_000, 0.999

@@ -28,7 +28,7 @@ from streaming_polyak.training.state import Slot, array_of, place, present, vari
 Array = NDArray[Any]
 Variables = Mapping[str, keras.Variable]
 
-_SMALL = 2**16  # numbers of a model that is gathered into one array first, which costs less than a call for each tensor
+_SMALL = 2**17  # numbers of a model that is gathered into one array first, which costs less than a call for each tensor
 
 
 def is_averaged(variable: keras.Variable) -> bool:

@@ -25,7 +25,8 @@ class Compiled:
         specs: of its arguments.
         one_thread: run its operations one after another, each still with all threads that it wants. For small models,
             whose operations take less time than their way to another thread: the demo's 178 parameters take half the
-            time a step, 1e6 would take a fifth longer. A function that calls others, but for one loop, is not run so.
+            time a step, 1e6 would take a fifth longer. A function that calls others, but for one loop, or Python is
+            not run so, and is traced twice.
     """
 
     def __init__(self, function: Callable[..., Any], *specs: Any, one_thread: bool = False) -> None:
@@ -35,7 +36,7 @@ class Compiled:
                 self._function = tf.function(function, autograph=False).get_concrete_function(*specs)
                 # As a call by its name would have them; what the user has set in tf.config is in there.
                 self._attributes = context.context().function_call_options.as_attrs()
-            if executor == usual or _calls(self._function) <= 2:
+            if executor == usual or _runs_in_one_thread(self._function):
                 break
         self._captured = list(self._function.captured_inputs)
         self._dtypes = [tensor.dtype for tensor in self._function.outputs]
@@ -99,8 +100,8 @@ class Reader:
                 yield compiled, some, handles + handles[-1:] * (count - len(some))
 
 
-def _calls(function: Any) -> int:
-    """Returns how often a function and those it calls call another; a loop calls two, its condition and its body.
+def _runs_in_one_thread(function: Any) -> bool:
+    """Whether a function calls no others, nor Python, but for the condition and the body of one loop.
 
     In one thread each call within a call keeps a thread of TensorFlow's pool waiting for another one: with a recurrent
     layer in the step and two processors all of them wait, for ever.
@@ -108,4 +109,5 @@ def _calls(function: Any) -> int:
     graph = function.graph.as_graph_def()
     nodes = [*graph.node, *(node for inner in graph.library.function for node in inner.node_def)]
     values = [value for node in nodes for value in node.attr.values()]
-    return sum((value.WhichOneof("value") == "func") + len(value.list.func) for value in values)
+    functions = sum((value.WhichOneof("value") == "func") + len(value.list.func) for value in values)
+    return functions <= 2 and not any("PyFunc" in node.op for node in nodes)

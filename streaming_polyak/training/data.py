@@ -1,7 +1,8 @@
 """Batches: from arrays in an order that is a pure function of (seed, epoch), or from a tf.data pipeline.
 
-Arrays are never copied as a whole: rows are gathered a chunk of many batches at a time, so that the compiled loop makes
-many steps a call and memory-mapped arrays stay on disk. Everything else becomes a `tf.data.Dataset`.
+Arrays are not copied as a whole, but for small ones that are not shuffled: rows are gathered a chunk of many batches
+at a time, so that the compiled loop makes many steps a call and memory-mapped arrays stay on disk. Everything else
+becomes a `tf.data.Dataset`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from streaming_polyak.training.datasets import DatasetBatches, IteratorFeed, as_tuple
 
 CHUNK_BYTES = 16 * 2**20
-_KEPT_BYTES = 2**20  # of rows that are never shuffled: held as tensors, for many evaluations of them
+_KEPT_BYTES = 2**20  # of rows that are not shuffled: read once, and held as tensors for the evaluation of each epoch
 
 
 def epoch_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:

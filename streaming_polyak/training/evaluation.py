@@ -90,9 +90,10 @@ class KerasEvaluator:
                     f"Expected {name!r} as {variable.dtype} of shape {tuple(variable.shape)}, got {dtype} of shape "
                     f"{shape}. Evaluate checkpoints on the model they were saved from."
                 )
-        for name, variable in self._variables.items():
-            # A copy: the variable must not get hold of the caller's memory.
-            put(variable.value, np.array(values[name], dtype=view(variable).dtype))
+        with np.errstate(all="ignore"):  # a narrower dtype may have no such number
+            for name, variable in self._variables.items():
+                # A copy: the variable must not get hold of the caller's memory.
+                put(variable.value, np.array(values[name], dtype=view(variable).dtype))
 
     def _locate(self, names: set[str]) -> dict[str, keras.Variable]:
         """Finds which variable has which name, by letting Keras save the model with a number of its own in each."""

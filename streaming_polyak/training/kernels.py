@@ -18,8 +18,10 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+logger = logging.getLogger("streaming_polyak")
 
 Array = NDArray[Any]
 
@@ -204,6 +208,7 @@ def _move_block(w: Array, m: Array, e: Array | None, c: Array, y: Array) -> None
 
 
 _jobs: dict[tuple[Any, ...], Future[Any]] = {}
+_one_compiler = threading.Lock()
 
 
 def compiled_loop(kind: str, *dtypes: np.dtype[Any]) -> Callable[..., Any] | None:
@@ -216,7 +221,12 @@ def compiled_loop(kind: str, *dtypes: np.dtype[Any]) -> Callable[..., Any] | Non
     job = _jobs.get((kind, *dtypes))
     if job is None:
         compiler = ThreadPoolExecutor(1)
-        job = _jobs[kind, *dtypes] = compiler.submit(_compile, kind, *dtypes)
+        try:
+            job = compiler.submit(_compile, kind, *dtypes)
+        except RuntimeError:  # no more threads for this process, or Python is ending: NumPy needs none
+            job = Future()
+            job.set_result(None)
+        _jobs[kind, *dtypes] = job
         compiler.shutdown(wait=False)  # the thread ends with its work
     return job.result() if job.done() else None
 
@@ -228,16 +238,21 @@ def finish_compiling() -> None:
 
 
 def _compile(kind: str, weights: np.dtype[Any], averages: np.dtype[Any] | None = None) -> Callable[..., Any] | None:
-    loops = _loops()
-    if loops is None:
-        return None
     none, nowhere = np.empty(0, np.int64), Share(weights, *[np.empty(0, np.int64)] * 3)
-    if kind == "check":
-        loops[kind](none, nowhere, 1.0)
-    else:
-        m = np.empty((0, 0), averages)
-        loops[kind](none, nowhere, m, None if kind == "plain" else m, none, none, np.empty(0, averages))
-    return loops[kind]
+    try:
+        with _one_compiler:
+            loops = _loops()
+        if loops is None:
+            return None
+        if kind == "check":
+            loops[kind](none, nowhere, 1.0)
+        else:
+            m = np.empty((0, 0), averages)
+            loops[kind](none, nowhere, m, None if kind == "plain" else m, none, none, np.empty(0, averages))
+        return loops[kind]
+    except Exception:  # whatever it is in Numba or LLVM, it must not end a training that NumPy can go on with
+        logger.warning("Numba cannot compile updates of averages here; NumPy makes them, slower.", exc_info=True)
+        return None
 
 
 @functools.cache
@@ -247,6 +262,8 @@ def _loops() -> dict[str, Callable[..., Any]] | None:
         numba: Any = importlib.import_module("numba")  # its types are those of its compiler
         pointer_type: Any = importlib.import_module("numba.core.cgutils").voidptr_t
     except ImportError:
+        return None
+    if numba.config.DISABLE_JIT:
         return None
 
     @numba.extending.intrinsic  # type: ignore[untyped-decorator]

@@ -172,7 +172,7 @@ class Trainer:
 
         Args:
             x: arrays, tuples, lists or dicts of arrays with one row a sample, a `tf.data.Dataset` of batches, or a
-                `keras.utils.PyDataset`.
+                `keras.utils.PyDataset`. Arrays are not to be changed meanwhile; give what changes as a PyDataset.
             y: targets, for arrays.
             sample_weight: weights of the samples in the loss, for arrays.
             batch_size: samples a step, for arrays; `None` for 32. The last batch of an epoch may be smaller and counts
