@@ -57,6 +57,16 @@ def contents(averages, name):
     return averages._where[name].values(name)
 
 
+def follow(averages, model, rng, unit, updates):
+    """Changes the weights and updates the averages so many times; returns the weights, by path, of each time."""
+    step, taken = tf.function(averages.step_update) if unit == "step" else None, []
+    for k in range(updates):
+        scramble(model, rng)
+        taken.append({v.path: view(v).astype(np.float64) for v in model.variables})
+        averages.update_epoch(k, k) if unit == "epoch" else step(tf.constant(k, tf.int64))
+    return taken
+
+
 def apply_step(averages, model, step):
     """What the compiled training step does after an optimizer update."""
     tf.function(averages.step_update)(tf.constant(step, tf.int64))
@@ -67,12 +77,7 @@ def apply_step(averages, model, step):
 def test_averages_equal_numpy_average_of_all_members_for_every_weighting(unit, dtype):
     model, rng = bag(dtype), np.random.default_rng(1)
     averages = Averages(model, {str(w): Average(w, unit=unit) for w in WEIGHTINGS})
-    step = tf.function(averages.step_update) if unit == "step" else None
-    members = []
-    for k in range(7):
-        scramble(model, rng)
-        members.append({v.path: v.numpy().astype(np.float64) for v in model.variables})
-        averages.update_epoch(k, k) if unit == "epoch" else step(tf.constant(k, tf.int64))
+    members = follow(averages, model, rng, unit, 7)
     for weighting in WEIGHTINGS:
         name = str(weighting)
         assert averages.count(name) == 7
@@ -93,17 +98,12 @@ def test_each_average_takes_its_own_members_in_one_call(unit):
         "never": Average(MEAN, start=99, unit=unit),
     }
     averages = Averages(model, schedules)
-    step = tf.function(averages.step_update) if unit == "step" else None
-    members = []
-    for k in range(8):
-        scramble(model, rng)
-        members.append(view(model.variables[3]).astype(np.float64))
-        averages.update_epoch(k, k) if unit == "epoch" else step(tf.constant(k, tf.int64))
+    members = follow(averages, model, rng, unit, 8)
     assert {name: averages.count(name) for name in schedules} == {"all": 8, "late": 4, "thirds": 3, "never": 0}
     assert averages.begun() == ["all", "late", "thirds"]
     path = model.variables[3].path
     for name, taken in (("all", range(8)), ("late", range(4, 8)), ("thirds", (1, 4, 7))):
-        expected = exact_average(schedules[name].weighting, [members[k] for k in taken])
+        expected = exact_average(schedules[name].weighting, [members[k][path] for k in taken])
         np.testing.assert_allclose(contents(averages, name)[path], expected, atol=3e-6)
 
 
@@ -317,12 +317,7 @@ def test_averages_of_several_precisions_go_side_by_side(unit, dtype):
             "both": Average(MEAN, unit=unit, dtype="float64", compensated=True, every=2),
         },
     )
-    step = tf.function(averages.step_update) if unit == "step" else None
-    members = []
-    for k in range(6):
-        scramble(model, rng)
-        members.append({v.path: v.numpy().astype(np.float64) for v in model.variables})
-        averages.update_epoch(k, k) if unit == "epoch" else step(tf.constant(k, tf.int64))
+    members = follow(averages, model, rng, unit, 6)
     for name, taken, weighting, tolerance in (
         ("plain", range(6), MEAN, 3e-6),
         ("wide", range(6), LINEAR, 1e-14),

@@ -3,6 +3,7 @@
 import math
 import sys
 import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -201,14 +202,47 @@ def test_a_numba_that_fails_is_told_once_and_numpy_goes_on(monkeypatch, caplog):
     ]
 
 
-def test_a_process_without_another_thread_uses_numpy(monkeypatch):
+def test_a_process_without_another_thread_does_all_in_its_own(monkeypatch):
     def refuse(*arguments):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(kernels, "_jobs", {})
     monkeypatch.setattr(kernels.ThreadPoolExecutor, "submit", refuse)
-    assert kernels.compiled_loop("check", np.dtype(np.float32)) is None
-    assert kernels.compiled_loop("check", np.dtype(np.float32)) is None
+    single = np.dtype(np.float32)
+    kernel, w, m = by_numba([2**20], [single], 3), np.ones(2**20, np.float32), np.zeros((1, 2**20), np.float32)
+    for _ in range(2):
+        assert kernel.check(kernels.Weights([w]), lambda dtype: 1e30) is None
+        kernel.move(kernels.Weights([w]), m, None, np.array([0]), np.array([0]), np.float32([0.5]))
+    assert (m == 0.75).all()  # each number moved twice, none of them more often
+    w[-1] = np.nan
+    assert kernel.check(kernels.Weights([w]), lambda dtype: 1e30) == 0
+    assert kernels.compiled_loop("plain", single, single) is None
+
+
+def test_an_error_is_told_when_no_thread_writes_any_more():
+    ended = []
+
+    def work(share, loop):
+        time.sleep(0.2 * share.firsts[0] / 2**18)
+        ended.append(int(share.firsts[0]))
+        if not share.firsts[0]:
+            raise KeyboardInterrupt
+
+    kernel = by_numba([2**20], [np.dtype(np.float32)], 4)
+    kernel._threads_of_numpy = kernel._threads
+    with pytest.raises(KeyboardInterrupt):
+        kernel._each(work, kernels.Weights((np.ones(2**20, np.float32),)), "check")
+    assert sorted(ended) == [0, 2**18, 2**19, 3 * 2**18]
+
+
+def test_no_loop_is_compiled_for_weights_that_an_array_of_averages_has_none_of(monkeypatch):
+    monkeypatch.setattr(kernels, "_jobs", {})
+    single, double = np.dtype(np.float32), np.dtype(np.float64)
+    kernel, tensors = by_numba([8, 8], [single, double]), [np.ones(8, single), np.ones(8, double)]
+    m = np.zeros((1, 8), np.float32)
+    kernel.move(kernels.Weights(tensors), m, None, np.array([0, -1]), np.array([0]), np.float32([1]))
+    kernels.finish_compiling()
+    assert list(kernels._jobs) == [("plain", single, single)]
 
 
 @pytest.mark.slow

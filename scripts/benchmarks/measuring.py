@@ -52,14 +52,19 @@ class Measured:
     samples: int
 
 
+def resident(pid: int) -> tuple[int, int]:
+    """Returns anonymous and file-backed resident bytes of one process; zeros when it is gone."""
+    with contextlib.suppress(OSError, KeyError), open(f"/proc/{pid}/status") as status:
+        rows = {line.split()[0]: line.split() for line in status}
+        return int(rows["RssAnon:"][1]) * 1024, int(rows["RssFile:"][1]) * 1024
+    return 0, 0
+
+
 def memory(pid: int) -> tuple[int, int]:
     """Returns anonymous and file-backed resident bytes of a process and those it started; zeros when it is gone."""
-    anonymous = backed = 0
-    with contextlib.suppress(OSError, KeyError):
+    anonymous, backed = resident(pid)
+    with contextlib.suppress(OSError):
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        with open(f"/proc/{pid}/status") as status:
-            rows = {line.split()[0]: line.split() for line in status}
-        anonymous, backed = int(rows["RssAnon:"][1]) * 1024, int(rows["RssFile:"][1]) * 1024
         for children in Path(f"/proc/{pid}/task").glob("*/children"):  # a thread's children, where the kernel tells
             for child in children.read_text().split():
                 # One that has not begun its own program yet has the memory of its parent, which would count twice.

@@ -29,21 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from measuring import MIB, SAMPLE_SECONDS, resident
 from tabulate import tabulate
 
-MIB = 2**20
-SAMPLE_SECONDS = 0.002
 BLOCK_BYTES = 4 << 20
 MINUTE = 60.0
-
-
-def resident(pid: int | str = "self") -> int:
-    """Returns the anonymous memory of a process in bytes; 0 when it is gone."""
-    try:
-        rows = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
-    except OSError:
-        return 0
-    return next((int(row[1]) * 1024 for row in rows if row[0] == "RssAnon:"), 0)
 
 
 def network(parameters: int) -> Any:
@@ -75,7 +65,7 @@ def child(parameters: int, memory: str, repeats: int, folder: Path) -> None:
         if self._writing is not None:  # the last one: its own time is not this one's
             self._writing.result()
         if position.steps == 2:  # what comes first makes things
-            print("before", resident(), flush=True)
+            print("before", resident(os.getpid())[0], flush=True)
             sys.stdin.readline()
         started = time.perf_counter()
         save(self, position)
@@ -165,7 +155,7 @@ def measure(parameters: int, memory: str, repeats: int) -> dict[str, Any]:
             process.stdin.write("\n")
             process.stdin.flush()
             while reader.is_alive():
-                peak = max(peak, resident(process.pid))
+                peak = max(peak, resident(process.pid)[0])
                 time.sleep(SAMPLE_SECONDS)
         stall, size, write = json.loads(answer[0].partition(" ")[2])
     return {

@@ -39,9 +39,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from measuring import MIB, resident
 from tabulate import tabulate
 
-MIB = 2**20
 SAMPLE_SECONDS = 0.005
 LONG_SECONDS = 4.0  # a way that takes longer is not repeated
 EXECUTIONS = (4, 25)  # steps_per_execution tried, as far as an epoch has so many steps
@@ -256,22 +256,13 @@ def forked(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             break
-        peak = max(peak, _resident(pid))
+        peak = max(peak, resident(pid)[0])
         time.sleep(SAMPLE_SECONDS)
     with os.fdopen(reader) as answer:
         text = answer.read()
     if status:
         raise RuntimeError(f"A run ended with status {status}.")
     return {**json.loads(text), "mib": peak / MIB}
-
-
-def _resident(pid: int) -> int:
-    """Returns the anonymous memory of a process in bytes; 0 when it is gone."""
-    try:
-        rows = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
-    except OSError:
-        return 0
-    return next((int(row[1]) * 1024 for row in rows if row[0] == "RssAnon:"), 0)
 
 
 def child(name: str, repeats: int, slow: bool) -> list[dict[str, Any]]:

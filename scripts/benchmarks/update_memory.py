@@ -22,7 +22,7 @@ import sys
 import time
 
 import click
-from measuring import MIB, SAMPLE_SECONDS, memory, model_of_vectors
+from measuring import MIB, SAMPLE_SECONDS, model_of_vectors, resident
 from tabulate import tabulate
 
 
@@ -39,13 +39,13 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
     from streaming_polyak.training.kernels import compiled_loop, finish_compiling
 
     model = model_of_vectors(parameters, tensors)
-    before = anonymous_bytes(os.getpid())
+    before = resident(os.getpid())[0]
     if unit == "epoch":
         single = np.dtype(np.float32)
         for loop in (("check", single), ("plain", single, single)):
             compiled_loop(*loop)
         finish_compiling()
-    numba_bytes = anonymous_bytes(os.getpid()) - before
+    numba_bytes = resident(os.getpid())[0] - before
     weightings = {"mean": MEAN, "linear": LINEAR, "exponential": Exponential(decay=0.999)}
     averages = Averages(model, {name: Average(weighting, unit=unit) for name, weighting in weightings.items()})
     compiled = tf.function(averages.step_update, autograph=False) if unit == "step" else None
@@ -91,11 +91,6 @@ def run_child(parameters: int, tensors: int, unit: str, repeats: int) -> None:
     )
 
 
-def anonymous_bytes(pid: int) -> int:
-    """Returns the anonymous resident memory of a process."""
-    return memory(pid)[0]
-
-
 def measure(parameters: int, tensors: int, unit: str, repeats: int) -> dict[str, object]:
     """Runs one case and returns its row; memory in MiB."""
     arguments = [sys.executable, __file__, "--child", f"{parameters}x{tensors}", "--unit", unit]
@@ -119,14 +114,14 @@ def measure(parameters: int, tensors: int, unit: str, repeats: int) -> dict[str,
     row: dict[str, object] = {"parameters": parameters, "tensors": tensors, "unit": unit}
     for prefix in ("first_", ""):
         assert line() == "ready"
-        before = peak = anonymous_bytes(process.pid)
+        before = peak = resident(process.pid)[0]
         samples = 0
         process.stdin.write("\n")
         while not select.select([process.stdout], [], [], SAMPLE_SECONDS)[0]:
-            peak = max(peak, anonymous_bytes(process.pid))
+            peak = max(peak, resident(process.pid)[0])
             samples += 1
         assert line() == "done"
-        after = anonymous_bytes(process.pid)
+        after = resident(process.pid)[0]
         peak = max(peak, after)
         row |= {
             f"{prefix}before_mib": before / MIB,

@@ -23,7 +23,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,14 +137,25 @@ class Kernel:
                 part = weights.arrays[k].reshape(-1)[numbers]
                 move_blocks(part, m, e, int(columns[k]) + numbers.start, rows, c)
 
-        self._each(moved, weights, "plain" if e is None else "compensated", m.dtype)
+        self._each(moved, weights, "plain" if e is None else "compensated", m.dtype, where=columns >= 0)
 
-    def _each(self, work: Callable[..., Any], weights: Weights, *kind: Any) -> list[Any]:
-        """Calls `work` for each share, with the compiled loop of that kind if there is one for its dtype."""
-        dtypes = {share.dtype for thread in self._threads for share in thread}
+    def _each(
+        self,
+        work: Callable[..., Any],
+        weights: Weights,
+        kind: str,
+        *averages: np.dtype[Any],
+        where: Array | None = None,
+    ) -> list[Any]:
+        """Calls `work` for each share, with the compiled loop of that kind if there is one for its dtype.
+
+        `where` tells of which tensors there is work to do; loops for the dtypes of others are not compiled.
+        """
+        shares = [share for thread in self._threads for share in thread]
+        dtypes = {share.dtype for share in shares if where is None or where[share.tensors].any()}
         loops: dict[np.dtype[Any], Any] = {}
         if self._worth_compiling and isinstance(weights.arrays, list):
-            loops = {dtype: compiled_loop(kind[0], dtype, *kind[1:]) for dtype in dtypes if dtype in _KNOWN}
+            loops = {dtype: compiled_loop(kind, dtype, *averages) for dtype in dtypes if dtype in _KNOWN}
 
         def several(thread: list[Share]) -> list[Any]:
             return [work(share, loops.get(share.dtype)) for share in thread]
@@ -154,12 +165,29 @@ class Kernel:
         else:
             first, *others = self._threads
             len(weights.addresses)  # found before the threads need them
-        if not others:
-            return several(first)
-        # Made anew each time: threads that wait would be missing after a fork.
-        with ThreadPoolExecutor(len(others)) as pool:
-            futures = [pool.submit(several, thread) for thread in others]
-            return several(first) + [found for future in futures for found in future.result()]
+        begun = [(thread, _begin(several, thread)) for thread in others]
+        try:
+            found = several(first)
+        finally:  # nobody writes any more when an error is told
+            wait([job for _, job in begun if job is not None])
+        for thread, job in begun:
+            found += several(thread) if job is None else job.result()
+        return found
+
+
+def _begin(work: Callable[..., Any], *arguments: Any) -> Future[Any] | None:
+    """Begins work in a thread of its own, which ends with it: threads that wait would be missing after a fork.
+
+    Returns:
+        What comes of it; `None`, with nothing begun, if the process can have no more threads or Python is ending.
+    """
+    executor = ThreadPoolExecutor(1)
+    try:
+        return executor.submit(work, *arguments)
+    except RuntimeError:
+        return None
+    finally:
+        executor.shutdown(wait=False)
 
 
 def check_blocks(w: Array, limit: float) -> bool:
@@ -207,7 +235,7 @@ def _move_block(w: Array, m: Array, e: Array | None, c: Array, y: Array) -> None
     m[:] = total
 
 
-_jobs: dict[tuple[Any, ...], Future[Any]] = {}
+_jobs: dict[tuple[Any, ...], Future[Any] | None] = {}
 _one_compiler = threading.Lock()
 
 
@@ -218,23 +246,15 @@ def compiled_loop(kind: str, *dtypes: np.dtype[Any]) -> Callable[..., Any] | Non
         kind: "check", "plain" or "compensated".
         dtypes: of the weights, and of the averages if they are moved.
     """
-    job = _jobs.get((kind, *dtypes))
-    if job is None:
-        compiler = ThreadPoolExecutor(1)
-        try:
-            job = compiler.submit(_compile, kind, *dtypes)
-        except RuntimeError:  # no more threads for this process, or Python is ending: NumPy needs none
-            job = Future()
-            job.set_result(None)
-        _jobs[kind, *dtypes] = job
-        compiler.shutdown(wait=False)  # the thread ends with its work
-    return job.result() if job.done() else None
+    if (kind, *dtypes) not in _jobs:
+        _jobs[kind, *dtypes] = _begin(_compile, kind, *dtypes)
+    job = _jobs[kind, *dtypes]
+    return job.result() if job is not None and job.done() else None
 
 
 def finish_compiling() -> None:
     """Waits for the loops that are being compiled; for tests and measurements."""
-    for job in _jobs.values():
-        job.result()
+    wait([job for job in _jobs.values() if job is not None])
 
 
 def _compile(kind: str, weights: np.dtype[Any], averages: np.dtype[Any] | None = None) -> Callable[..., Any] | None:
